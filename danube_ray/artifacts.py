@@ -1,0 +1,163 @@
+"""Folders that are either complete or not there: hashes, atomic writes, manifests written last, steps done once.
+
+Every stage of the pipeline leaves a folder whose `manifest.json` is its commit: it names each file with its SHA-256 and
+the settings that made it. A folder without one is torn and is made again; one whose inputs changed is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+
+
+class ArtifactError(RuntimeError):
+    """A folder that is missing, torn or not what it says it is."""
+
+
+def content_hash(value: Any) -> str:
+    """SHA-256 (hex) of a JSON-able value, independent of key order."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Write a file so that a reader, or a crash, sees the old content or the new, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = data.encode() if isinstance(data, str) else data
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)  # mkstemp makes files private to their owner; artifacts are shared
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_atomically(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; `ArtifactError` names the file when it is missing or torn."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} does not exist") from None
+    except json.JSONDecodeError as error:
+        raise ArtifactError(f"{path} is not valid JSON: {error}") from None
+
+
+def commit(folder: Path, **facts: Any) -> dict[str, Any]:
+    """Write the folder's manifest, last: every file under it with size and hash, and `facts`."""
+    files = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.relative_to(folder) != Path(MANIFEST) and not path.name.startswith(".")
+    }
+    manifest = {**facts, "files": files}
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a complete folder; `ArtifactError` when there is none."""
+    if not (folder / MANIFEST).is_file():
+        raise ArtifactError(f"{folder} has no {MANIFEST}: it is missing or was not finished")
+    return read_json(folder / MANIFEST)
+
+
+def damage(folder: Path) -> str | None:
+    """Why a folder can't be trusted (no manifest, a file missing or changed), or None when every hash matches."""
+    try:
+        files = read_manifest(folder)["files"]
+    except (ArtifactError, KeyError) as error:
+        return str(error)
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != expected["bytes"] or file_hash(path) != expected["sha256"]:
+            return f"{path} is not the file that the manifest names"
+    return None
+
+
+def finished(folder: Path, inputs: Any) -> bool:
+    """Whether `folder` was completed from exactly these inputs."""
+    manifest = folder / MANIFEST
+    return manifest.is_file() and read_json(manifest).get("inputs") == content_hash(inputs)
+
+
+def complete_once(folder: Path, inputs: Any, make: Callable[[Path], dict[str, Any] | None]) -> bool:
+    """Run `make(folder)` unless the folder is already complete from the same `inputs`; True when it ran.
+
+    `make` fills the folder and returns facts for its manifest. A folder left torn, or made from other inputs, is
+    removed first, so half-written work never counts.
+    """
+    if finished(folder, inputs):
+        return False
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    facts = make(folder) or {}
+    commit(folder, inputs=content_hash(inputs), **facts)
+    return True
+
+
+def append_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Append rows to a JSON-lines file, one write for all of them."""
+    with path.open("a") as file:
+        file.write("".join(json.dumps(row, default=str) + "\n" for row in rows))
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file; a torn last line (a crash while writing) is left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def provenance() -> dict[str, Any]:
+    """What made a result: git revision (when there is one), Python and the versions of the packages that matter."""
+    import platform
+    from importlib import metadata
+
+    def version(package: str) -> str | None:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
+
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    git = subprocess.run(command, capture_output=True, text=True, check=False)
+    packages = ("danube-ray", "torch", "ray", "transformers", "peft", "sentencepiece", "gguf", "xllamacpp", "lm_eval")
+    return {
+        "git_revision": git.stdout.strip() or None,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {package: version(package) for package in packages},
+    }

@@ -1,0 +1,148 @@
+"""Ray Train around the training loop: workers, their streams, restarts."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train import FailureConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from danube_ray.artifacts import content_hash, finished, provenance, write_json
+from danube_ray.config import DpoConfig, FinetuneConfig, LoopConfig, OptimizerConfig, RunConfig, require, to_dict
+
+# from danube_ray.posttrain.dpo import DpoTask
+# from danube_ray.posttrain.sft import SftTask
+from danube_ray.runtime.session import session
+from danube_ray.runtime.streaming import RankStreams, read_stream, stream_factory
+from danube_ray.train.checkpoint import checkpoint_folder, newest_verified, step_of
+from danube_ray.train.loop import fit
+from danube_ray.train.pretrain import PretrainTask
+from danube_ray.train.progress import Progress
+from danube_ray.train.protocol import Batch, StepReader, Task
+
+MakeTask = Callable[[], Task]
+
+
+class RayContext:
+    """The loop's `Context` inside a Ray Train worker."""
+
+    def __init__(self) -> None:
+        context = ray.train.get_context()
+        self.rank = context.get_world_rank()
+        self.world_size = context.get_world_size()
+        self.device = ray.train.torch.get_device()
+
+    def batches(self, reader: StepReader, start_step: int) -> Iterator[tuple[int, Batch]]:
+        """Ray Data's stream; it was started from the same checkpoint, which the loop verifies with the first step."""
+        return read_stream(ray.train.get_dataset_shard("steps"))
+
+    def report(self, metrics: dict[str, Any]) -> None:
+        """The checkpoint is committed on storage already: Ray learns its metrics, and the ranks wait for each other."""
+        ray.train.report(metrics)
+
+
+def pretrain(run: RunConfig, progress: Progress | None = None) -> Path:
+    """Pretrain `run` on the cluster, or go on with it; the last checkpoint's folder."""
+    return train(lambda: PretrainTask(run), run, run.optimizer, run.loop, progress)
+
+
+def sft(config: FinetuneConfig, progress: Progress | None = None) -> Path:
+    """Supervised fine-tuning on conversations; the last checkpoint's folder."""
+    return train(lambda: SftTask(config), config, config.optimizer, config.loop, progress)
+
+
+def dpo(config: DpoConfig, progress: Progress | None = None) -> Path:
+    """Direct preference optimisation on pairs; the last checkpoint's folder."""
+    return train(lambda: DpoTask(config), config, config.optimizer, config.loop, progress)
+
+
+def train(
+    make_task: MakeTask,
+    config: RunConfig | FinetuneConfig,
+    optimizer: OptimizerConfig,
+    settings: LoopConfig,
+    progress: Progress | None,
+) -> Path:
+    """Run the loop under Ray Train until the task's last step is committed, restarting workers that die.
+
+    A finished run returns at once; a stopped one goes on from its newest verified checkpoint, after a worker's death,
+    the driver's or the cluster's. Raises what the loop raised, once `max_restarts` are used up.
+    """
+    folder = (Path(config.output_dir) / config.name).resolve()
+    task = make_task()  # reads the data's manifests: whatever is wrong with them is said before a worker starts
+    inputs = {"config": identity(config), "data": task.data_hash}
+    last = checkpoint_folder(folder / "checkpoints", task.reader.num_steps)
+    if finished(folder, inputs):
+        return last
+    write_json(folder / "config.json", {**to_dict(config), "kind": task.name})
+    write_json(folder / "provenance.json", provenance())
+    with session(), (progress or Progress()).follow(folder, task.reader.num_steps, task.name):
+        require_capacity(settings)
+        trainer(make_task, task.reader, folder, optimizer, settings).fit()
+    commit_run(folder, inputs)
+    return last
+
+
+def identity(config: RunConfig | FinetuneConfig) -> dict[str, Any]:
+    """The settings that decide what a run produces, without those that only say where and how often."""
+    settings = to_dict(config)
+    for name in ("output_dir", "name"):
+        settings.pop(name)
+    settings["loop"] = {name: settings["loop"][name] for name in ("precision", "seed")}
+    return settings
+
+
+def commit_run(folder: Path, inputs: Any) -> None:
+    """Mark the run finished. Its checkpoints carry manifests of their own, so only the small files are hashed here."""
+    write_json(folder / "manifest.json", {"inputs": content_hash(inputs), "files": {}})
+
+
+def require_capacity(settings: LoopConfig) -> None:
+    """Refuse a run that would wait for ever: workers take CPUs, and the stream needs one beside them."""
+    total = ray.cluster_resources().get("CPU", 0)
+    needed = settings.num_workers * settings.cpus_per_worker + 1
+    require(
+        needed <= total,
+        "LoopConfig.num_workers",
+        settings.num_workers,
+        f"at most {int((total - 1) // settings.cpus_per_worker)} on this cluster of {total:g} CPUs",
+        "each worker takes cpus_per_worker, and one CPU is left for the stream",
+    )
+
+
+def trainer(
+    make_task: MakeTask, reader: StepReader, folder: Path, optimizer: OptimizerConfig, settings: LoopConfig
+) -> TorchTrainer:
+    """The trainer of one launch. Ray's bookkeeping gets a new name each time: resuming is the checkpoints' affair."""
+    on_gpu = ray.cluster_resources().get("GPU", 0) >= settings.num_workers
+    # Deaths are noticed at the next poll (2 s by default); Ray carries these variables to its controller.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+
+    def work() -> None:
+        fit(make_task(), folder, settings, optimizer, RayContext())
+
+    def newest_step() -> int:
+        return step_of(newest_verified(folder / "checkpoints"))
+
+    return TorchTrainer(
+        work,
+        datasets={"steps": stream_factory(reader, newest_step)},
+        dataset_config=RankStreams(reader),
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=600),
+        scaling_config=ScalingConfig(
+            num_workers=settings.num_workers,
+            use_gpu=on_gpu,
+            resources_per_worker={"CPU": settings.cpus_per_worker, **({"GPU": 1} if on_gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name=uuid.uuid4().hex[:8],
+            storage_path=str(folder / "ray"),
+            failure_config=FailureConfig(max_failures=settings.max_restarts),
+        ),
+    )
