@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from danube_ray.config import DpoConfig
 from danube_ray.data.conversations import PairReader
@@ -54,7 +55,8 @@ class DpoTask:
         tokens = batch["tokens"].long().flatten(0, 1)  # (2B, T+1)
         labels = trained_labels(tokens, batch["trained"].bool().flatten(0, 1))
         policy = sequence_log_probability(model(tokens[:, :-1]), labels)
-        adapters: PeftModel = getattr(model, "module", model)  # under DDP the adapters' switch is one level down
+        adapters = model.module if isinstance(model, DistributedDataParallel) else model
+        assert isinstance(adapters, PeftModel)
         with torch.no_grad(), adapters.disable_adapter():
             reference = sequence_log_probability(adapters(tokens[:, :-1]), labels)
         chosen, rejected = (policy - reference).unflatten(0, (-1, 2)).unbind(dim=1)  # (B,) each

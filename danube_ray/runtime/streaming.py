@@ -87,7 +87,8 @@ def stream(steps: Dataset, reader: StepReader, rank: int, world_size: int) -> Da
 
 def read_stream(iterator: DataIterator) -> Iterator[tuple[int, Batch]]:
     """`(step, batch)` of a rank's stream; one block is fetched ahead while another is trained on."""
-    blocks = iterator.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+    # Whole blocks (batch_size None) are documented, but not in the signature's types.
+    blocks: Any = iterator.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)  # type: ignore[arg-type]
     for block in blocks:
         for step, batch in zip(block["step"].to_pylist(), block["batch"], strict=True):
             yield step, load(batch.as_py())

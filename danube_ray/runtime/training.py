@@ -11,7 +11,7 @@ from typing import Any
 import ray
 import ray.train
 from ray.train import FailureConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from danube_ray.artifacts import content_hash, finished, provenance, write_json
 from danube_ray.config import DpoConfig, FinetuneConfig, LoopConfig, OptimizerConfig, RunConfig, require, to_dict
@@ -27,6 +27,7 @@ from danube_ray.train.progress import Progress
 from danube_ray.train.protocol import Batch, StepReader, Task
 
 MakeTask = Callable[[], Task]
+STREAM = "steps"
 
 
 class RayContext:
@@ -36,11 +37,13 @@ class RayContext:
         context = ray.train.get_context()
         self.rank = context.get_world_rank()
         self.world_size = context.get_world_size()
-        self.device = ray.train.torch.get_device()
+        self.device = get_device()
 
     def batches(self, reader: StepReader, start_step: int) -> Iterator[tuple[int, Batch]]:
         """Ray Data's stream; it was started from the same checkpoint, which the loop verifies with the first step."""
-        return read_stream(ray.train.get_dataset_shard("steps"))
+        shard = ray.train.get_dataset_shard(STREAM)
+        assert shard is not None  # the trainer was given the stream
+        return read_stream(shard)
 
     def report(self, metrics: dict[str, Any]) -> None:
         """The checkpoint is committed on storage already: Ray learns its metrics, and the ranks wait for each other."""
@@ -132,7 +135,7 @@ def trainer(
 
     return TorchTrainer(
         work,
-        datasets={"steps": stream_factory(reader, newest_step)},
+        datasets={STREAM: stream_factory(reader, newest_step)},
         dataset_config=RankStreams(reader),
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=600),
         scaling_config=ScalingConfig(

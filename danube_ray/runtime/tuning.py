@@ -38,7 +38,8 @@ def search(run: RunConfig, study: Study, out: Path) -> list[Trial]:
         with session():
             write_trials(folder, run_trials(run, study, folder.resolve()))
 
-    complete_once(out, {"run": to_dict(run), "study": to_dict(study)}, make)
+    data = PretrainTask(run).data_hash  # also says what is wrong with the data, before a trial starts
+    complete_once(out, {"run": to_dict(run), "study": to_dict(study), "data": data}, make)
     return read_trials(out)
 
 
@@ -55,7 +56,7 @@ def run_trials(run: RunConfig, study: Study, folder: Path) -> list[Trial]:
     cpus = int(ray.cluster_resources().get("CPU", 1))
     concurrent = max(1, min(study.max_concurrent, cpus // run.loop.cpus_per_worker))
     on_gpu = ray.cluster_resources().get("GPU", 0) >= concurrent
-    resources = {"cpu": run.loop.cpus_per_worker, **({"gpu": 1} if on_gpu else {})}
+    resources: dict[str, float] = {"cpu": run.loop.cpus_per_worker, "gpu": 1 if on_gpu else 0}
     tuner = tune.Tuner(
         tune.with_resources(trial, resources),
         param_space={path: tune.loguniform(low, high) for path, (low, high) in study.ranges.items()},

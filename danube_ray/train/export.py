@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from danube_ray.artifacts import complete_once
+from danube_ray.artifacts import complete_once, read_json
 from danube_ray.config import ModelConfig
 from danube_ray.model.huggingface import export_model
 from danube_ray.train.checkpoint import MODEL
@@ -38,3 +38,8 @@ def export_checkpoint(
     """Export a pretraining checkpoint with the tokenizer that its shards were made with."""
     inputs = {"checkpoint": str(checkpoint), "model": model, "dtype": str(dtype)}
     return export_state(load_file(checkpoint / MODEL), model, tokenizer, out, inputs, dtype)
+
+
+def model_of_run(run_folder: Path) -> ModelConfig:
+    """The model that a pretraining run trains, from the configuration it stored."""
+    return ModelConfig(**read_json(run_folder / "config.json")["model"])

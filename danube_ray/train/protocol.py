@@ -24,7 +24,8 @@ class StepReader(Protocol):
     Every rank gets equally many rows; where they don't divide, the last ranks pad with rows of `weight` (uint8) 0.
     """
 
-    num_steps: int
+    @property
+    def num_steps(self) -> int: ...
 
     def __call__(self, step: int, rank: int, world_size: int) -> Batch: ...
 
@@ -38,8 +39,12 @@ class Task(Protocol):
     """
 
     name: str
-    reader: StepReader
-    data_hash: str
+
+    @property
+    def reader(self) -> StepReader: ...
+
+    @property
+    def data_hash(self) -> str: ...
 
     def build_model(self) -> nn.Module: ...
 

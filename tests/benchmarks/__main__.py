@@ -1,0 +1,12 @@
+"""`make bench`: every benchmark of the CPU, one after the other; each prints ratios and leaves JSON in results/."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+BENCHMARKS = ("stream_memory", "loop_under_ray")
+
+for name in sys.argv[1:] or BENCHMARKS:
+    print(f"— {name.replace('_', ' ')}")
+    importlib.import_module(f"tests.benchmarks.{name}").main()

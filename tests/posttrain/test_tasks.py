@@ -1,0 +1,180 @@
+"""SFT and DPO as tasks of the one loop: what is trained, what the losses are, and what comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from danube_ray.artifacts import read_json_lines
+from danube_ray.config import ConfigError, DpoConfig, FinetuneConfig, LoopConfig, LoraConfig, OptimizerConfig
+from danube_ray.model.huggingface import load_model
+from danube_ray.posttrain.dpo import DpoTask
+from danube_ray.posttrain.lora import add_adapters, merge
+from danube_ray.posttrain.sft import SftTask, export
+from danube_ray.train.checkpoint import trainable_state
+from danube_ray.train.context import LocalContext
+from danube_ray.train.loop import fit
+from danube_ray.train.metrics import METRICS
+from tests.models import tiny_model
+
+LOOP = LoopConfig(precision="fp32", log_every_steps=1, checkpoint_every_steps=100)
+OPTIMIZER = OptimizerConfig(learning_rate=5e-3, min_learning_rate=0.0, warmup_steps=1, weight_decay=0.0)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("sft") / "conversations.jsonl"
+    rows = [{"prompt": f"What is {n} and {n}?", "response": f"It is {2 * n}."} for n in range(12)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("dpo") / "pairs.jsonl"
+    rows = [{"prompt": f"Say {n}.", "chosen": f"Gladly: {n}.", "rejected": "No, I won't."} for n in range(8)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def sft_config(base: Path, data: Path, out: Path, **changes) -> FinetuneConfig:
+    config = FinetuneConfig(
+        name="sft", base=str(base), data=str(data), epochs=4, batch_size=6, micro_batch_size=2, optimizer=OPTIMIZER,
+        loop=LOOP, output_dir=str(out),
+    )  # fmt: skip
+    return dataclasses.replace(config, **changes)
+
+
+def dpo_config(base: Path, data: Path, out: Path) -> DpoConfig:
+    return DpoConfig(
+        name="dpo", base=str(base), data=str(data), epochs=4, batch_size=4, micro_batch_size=2, optimizer=OPTIMIZER,
+        loop=LOOP, output_dir=str(out),
+    )  # fmt: skip
+
+
+def tensors(batch) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in read_json_lines(folder / METRICS) if row["kind"] == "train"]
+
+
+def test_sft_trains_answers_alone_with_the_loss_of_transformers(base, conversations, tmp_path):
+    task = SftTask(sft_config(base, conversations, tmp_path))
+    batch = tensors(task.reader(0, 0, 1))
+    labels = task.labels(batch)
+    tokens = batch["tokens"].long()
+    for row in range(len(labels)):
+        answer = labels[row][labels[row] != -100].tolist()
+        text = task_tokenizer(base).decode(answer)
+        assert text.strip().startswith("It is") and answer[-1] == 2  # the answer and its end, nothing of the prompt
+    ours = task.loss(task.build_model(), batch) / task.count(batch)
+    theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    everything = torch.cat([torch.full_like(labels[:, :1], -100), labels], dim=1)
+    assert ours.item() == pytest.approx(theirs(input_ids=tokens, labels=everything).loss.item(), abs=1e-5)
+
+
+def task_tokenizer(base: Path):
+    from danube_ray.data.tokenizer import Tokenizer
+
+    return Tokenizer.load(base)
+
+
+def test_sft_learns_and_its_export_opens_in_transformers(base, conversations, tmp_path):
+    config = sft_config(base, conversations, tmp_path)
+    result = fit(SftTask(config), tmp_path / "sft", config.loop, config.optimizer, LocalContext())
+    assert losses(tmp_path / "sft")[-1] < 0.7 * losses(tmp_path / "sft")[0]
+    folder = export(result.checkpoint, config, tmp_path / "model", dtype=torch.float32)
+    trained = load_model(folder)
+    tokens = torch.arange(3, 40)[None]
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert (trained(tokens) - theirs(tokens).logits).abs().max() <= 1e-4
+    assert (folder / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
+
+
+def test_adapters_alone_are_trained_and_merge_into_the_same_function(base):
+    model = add_adapters(load_model(base), LoraConfig(rank=4, alpha=16))
+    names = trainable_state(model)
+    assert names and all("lora_" in name for name in names)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.02)
+    tokens = torch.arange(3, 40)[None]
+    adapted = model(tokens)
+    state = trainable_state(model)
+    fresh = load_model(base)
+    plain = load_model(base)
+    plain.load_state_dict(merge(add_adapters(fresh, LoraConfig(rank=4, alpha=16)), state))
+    torch.testing.assert_close(plain(tokens), adapted, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(load_model(base)(tokens), adapted, atol=1e-3)
+
+
+def test_dpo_starts_at_ln_2_and_learns_to_prefer(base, pairs, tmp_path):
+    config = dpo_config(base, pairs, tmp_path)
+    task = DpoTask(config)
+    batch = tensors(task.reader(0, 0, 1))
+    model = task.build_model()
+    assert task.loss(model, batch).item() / task.count(batch).item() == pytest.approx(math.log(2), abs=1e-6)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    fit(task, tmp_path / "dpo", config.loop, config.optimizer, LocalContext())
+    assert losses(tmp_path / "dpo")[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses(tmp_path / "dpo")[-1] < 0.6
+    folder = export(tmp_path / "dpo" / "checkpoints" / "step-00000008", config, tmp_path / "model", torch.float32)
+    merged, reference = load_model(folder).state_dict(), load_model(base).state_dict()
+    assert not torch.equal(
+        merged["model.layers.0.self_attn.q_proj.weight"], reference["model.layers.0.self_attn.q_proj.weight"]
+    )
+    assert torch.equal(merged["lm_head.weight"], reference["lm_head.weight"])
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+
+
+def test_dpo_equals_its_formula(base, pairs, tmp_path):
+    """The loss by hand: log-probabilities of whole answers under policy and base, one sequence at a time."""
+    task = DpoTask(dpo_config(base, pairs, tmp_path))
+    model = task.build_model()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.02)
+    batch = tensors(task.reader(0, 0, 1))
+    reference = load_model(base)
+
+    def answer_log_probability(net: nn.Module, tokens: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
+        scores = net(tokens[None, :-1].long())[0].log_softmax(-1)
+        return scores[torch.arange(len(tokens) - 1), tokens[1:].long()][trained[1:].bool()].sum()
+
+    expected = 0.0
+    for row in range(len(batch["tokens"])):
+        ratios = [
+            answer_log_probability(model, batch["tokens"][row, side], batch["trained"][row, side])
+            - answer_log_probability(reference, batch["tokens"][row, side], batch["trained"][row, side])
+            for side in (0, 1)
+        ]
+        expected -= torch.nn.functional.logsigmoid(0.2 * (ratios[0] - ratios[1])).item()
+    assert task.loss(model, batch).item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_dpo_without_adapters_is_refused_with_its_reason():
+    with pytest.raises(ConfigError, match="reference model"):
+        DpoConfig(name="dpo", base="base", data="data", lora=None)
+
+
+def test_a_base_that_is_no_model_is_one_error(tmp_path, conversations):
+    with pytest.raises(ConfigError):
+        SftTask(sft_config(tmp_path, conversations, tmp_path))
