@@ -19,6 +19,11 @@ class ConfigError(ValueError):
 
     def __init__(self, setting: str, value: object, allowed: str, remedy: str = "") -> None:
         super().__init__(f"{setting} is {value!r}, allowed is {allowed}" + (f"; {remedy}" if remedy else ""))
+        self._parts = (setting, value, allowed, remedy)
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, object, str, str]]:
+        """Rebuilt from its parts: a worker raises it, the driver shows it."""
+        return ConfigError, self._parts
 
 
 def require(condition: bool, setting: str, value: object, allowed: str, remedy: str = "") -> None:

@@ -25,13 +25,14 @@ from danube_ray.presets import PRESETS
 from danube_ray.report import write_report
 
 if TYPE_CHECKING:
+    from danube_ray.quantize.levels import Level
     from danube_ray.serve.models import ServedModel
     from danube_ray.train.progress import Progress
 
 CORPUS_BYTES_PER_SOURCE = 4 * 2**20
 TOKENIZER_BYTES = 4 * 2**20
 SEARCH_TOKENS = 65_536
-LEVELS = ("F16", "Q8_0", "Q4_K_M")
+LEVELS: tuple[Level, ...] = ("F16", "Q8_0", "Q4_K_M")
 KLD_TOKENS = 8_192
 QUESTIONS = ("What does json.loads do?", "What is os.path.join for?", "Describe textwrap.dedent.")
 CHAT_MODEL = "danube-nano-chat"
@@ -93,11 +94,13 @@ class Demo:
         return {name: folders[name] for name in [*cleanest_first, *sorted(folders.keys() - set(cleanest_first))]}
 
     def curate(self) -> dict[str, Any]:
+        from danube_ray.demo.corpus import DOCUMENTATION_RULES
         from danube_ray.runtime.curation import curate
 
         self.start_ray()
         with self.bar("curating") as on_progress:
-            counts = curate(self.sources, self.root / "documents", on_progress=on_progress)
+            out = self.root / "documents"
+            counts = curate(self.sources, out, rules=DOCUMENTATION_RULES, on_progress=on_progress)
         return {fact: sum(source[fact] for source in counts.values()) for fact in ("read", "kept", "dropped")}
 
     def train_tokenizer(self) -> dict[str, Any]:
@@ -311,10 +314,12 @@ class Demo:
             yield lambda done, total: bars.update(task, completed=done, total=total)
 
     def table(self) -> Table:
-        table = Table("step", "what came out", "seconds", "where", title="What the demo did")
+        """What was done, step by step: what came out, how long it took, and where in the run's folder it lies."""
+        table = Table("step", "what came out", "seconds", f"in {shorten(self.root)}", title="What the demo did")
         for record in self.steps.done:
-            facts = ", ".join(f"{name} {value}" for name, value in record.facts.items())
-            table.add_row(record.title, facts, f"{record.seconds:.0f}", shorten(Path(record.path)))
+            facts = "\n".join(f"{name}: {value}" for name, value in record.facts.items())
+            table.add_row(record.title, facts, f"{record.seconds:.0f}", record.name, end_section=True)
+        table.add_row("[bold]in all", "", f"[bold]{sum(record.seconds for record in self.steps.done):.0f}", "")
         return table
 
     def say_what_next(self, report: Path) -> None:
@@ -326,8 +331,9 @@ class Demo:
 
 
 def threads() -> int:
-    """CPUs for the one training worker: all of them, as long as Ray Data's share of the work is a fraction of one."""
-    return os.cpu_count() or 1
+    """CPUs for the one training worker: up to four, all that so small a model can use. Of four one is left to Ray."""
+    cpus = len(os.sched_getaffinity(0))
+    return min(4, cpus if cpus < 4 else cpus - 1)
 
 
 def shorten(path: Path) -> str:

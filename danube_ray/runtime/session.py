@@ -11,7 +11,6 @@ from typing import Any
 import ray
 import ray.data
 
-# Ray resolves packages by path: a worker needs the driver's environment, and no opinion on its CPU count.
 OBJECT_STORE_BYTES = 256 * 2**20
 
 
@@ -33,12 +32,13 @@ def session(num_cpus: int | None = None, **init: Any) -> Iterator[None]:
     else:
         local = {
             "address": "local",
-            "num_cpus": num_cpus or max(4, os.cpu_count() or 1),
+            "num_cpus": num_cpus or max(4, len(os.sched_getaffinity(0))),
             "object_store_memory": OBJECT_STORE_BYTES,
             "include_dashboard": False,
         }
         ray.init(**{**quiet, **local, **init})
     ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells of every plan and dataset otherwise
     try:
         yield
     finally:

@@ -18,6 +18,8 @@ from danube_ray.config import DpoConfig, FinetuneConfig, LoopConfig, OptimizerCo
 
 # from danube_ray.posttrain.dpo import DpoTask
 # from danube_ray.posttrain.sft import SftTask
+from danube_ray.posttrain.dpo import DpoTask
+from danube_ray.posttrain.sft import SftTask
 from danube_ray.runtime.session import session
 from danube_ray.runtime.streaming import RankStreams, read_stream, stream_factory
 from danube_ray.train.checkpoint import checkpoint_folder, newest_verified, step_of

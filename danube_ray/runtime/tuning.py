@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
+import optuna
 import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
@@ -57,6 +59,9 @@ def run_trials(run: RunConfig, study: Study, folder: Path) -> list[Trial]:
     concurrent = max(1, min(study.max_concurrent, cpus // run.loop.cpus_per_worker))
     on_gpu = ray.cluster_resources().get("GPU", 0) >= concurrent
     resources: dict[str, float] = {"cpu": run.loop.cpus_per_worker, "gpu": 1 if on_gpu else 0}
+    # A search has a result, not a running commentary: Tune's new output prints a table even when told to be silent.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     tuner = tune.Tuner(
         tune.with_resources(trial, resources),
         param_space={path: tune.loguniform(low, high) for path, (low, high) in study.ranges.items()},

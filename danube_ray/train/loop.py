@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from danube_ray.config import LoopConfig, OptimizerConfig
+from danube_ray.model.precision import check_precision, convert
 from danube_ray.train import checkpoint
 from danube_ray.train.metrics import MetricsLog, StepClock, mean_loss
 from danube_ray.train.optimizer import learning_rate_at
@@ -48,6 +49,7 @@ class Fit:
     def __init__(
         self, task: Task, run_folder: Path, settings: LoopConfig, optimizer: OptimizerConfig, context: Context
     ) -> None:
+        check_precision(settings.precision, context.device)
         if settings.deterministic:
             torch.use_deterministic_algorithms(True)
         if context.device.type == "cpu":
@@ -55,7 +57,9 @@ class Fit:
         self.task, self.settings, self.optimizer, self.context = task, settings, optimizer, context
         self.checkpoints = run_folder / "checkpoints"
         torch.manual_seed(settings.seed)
-        module = task.build_model().to(context.device)
+        module = convert(task.build_model().to(context.device), settings.precision)
+        if settings.compile:
+            module.compile()
         self.strategy = DataParallel(module, optimizer, context, settings.deterministic)
         self.start = self.restore()
         self.validation_loss: float | None = None

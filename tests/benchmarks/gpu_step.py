@@ -17,7 +17,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +29,14 @@ from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # a GPU machine may have the checkout and no installation
 
-from danube_ray.artifacts import provenance, write_json  # noqa: E402
-from danube_ray.config import ConfigError, ModelConfig, require  # noqa: E402
-from danube_ray.model.precision import autocast, check_precision, convert  # noqa: E402
-from danube_ray.model.transformer import Transformer  # noqa: E402
-from danube_ray.planner import H100, USABLE, memory  # noqa: E402
-from danube_ray.presets import PRESETS  # noqa: E402
-from danube_ray.train.losses import cross_entropy_sum  # noqa: E402
-from danube_ray.train.optimizer import build_optimizer  # noqa: E402
+from danube_ray.artifacts import provenance, write_json
+from danube_ray.config import ConfigError, ModelConfig, require
+from danube_ray.model.precision import autocast, check_precision, convert
+from danube_ray.model.transformer import Transformer
+from danube_ray.planner import H100, USABLE, memory
+from danube_ray.presets import PRESETS
+from danube_ray.train.losses import cross_entropy_sum
+from danube_ray.train.optimizer import build_optimizer
 
 # Dense bf16 peaks by torch's name of the device. Other devices get no MFU unless --peak-tflops says what to divide by.
 PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": H100.peak_flops, "NVIDIA H200": H100.peak_flops}
@@ -91,8 +93,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         optimizer.zero_grad(set_to_none=True)
         return loss_sum / (len(batches) * batches[0][:, 1:].numel())
 
-    for _ in range(options.warmup_steps):
-        first = step().item()
+    first = step().item()
+    for _ in range(options.warmup_steps - 1):
+        step()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds, last, clocks = timed(step, options.steps, device)
@@ -132,15 +135,18 @@ def chunked_loss(head: torch.nn.Module, hidden: Tensor, labels: Tensor, chunk_to
     return torch.stack([again(*part) for part in parts]).sum()
 
 
-def timed(step: Any, num_steps: int, device: torch.device) -> tuple[list[float], float, dict[str, str]]:
+def timed(
+    step: Callable[[], Tensor], num_steps: int, device: torch.device
+) -> tuple[list[float], float, dict[str, str]]:
     """Seconds of each step, the last loss, and the GPU's clocks as the last steps run."""
     if device.type != "cuda":
-        seconds = []
+        seconds, loss = [], torch.zeros(())
         for _ in range(num_steps):
             start = time.perf_counter()
             loss = step()
             seconds.append(time.perf_counter() - start)
         return seconds, loss.item(), {}
+    loss = torch.zeros(())
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(num_steps + 1)]
     torch.cuda.synchronize()
     marks[0].record()
@@ -149,8 +155,7 @@ def timed(step: Any, num_steps: int, device: torch.device) -> tuple[list[float],
         mark.record()
     clocks = gpu_clocks()  # the queue is still full: launching runs ahead of the device
     torch.cuda.synchronize()
-    pairs = zip(marks, marks[1:], strict=False)
-    return [start.elapsed_time(end) / 1_000 for start, end in pairs], loss.item(), clocks
+    return [start.elapsed_time(end) / 1_000 for start, end in pairwise(marks)], loss.item(), clocks
 
 
 def figures(
@@ -196,7 +201,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
     mfu, peak_memory = result["mfu_of_bf16_peak"], result["peak_memory_gib"]
     print(
-        f"{options.preset} {options.precision} {options.micro_batch} x {options.sequence_length} on {result['device']}: "
+        f"{options.preset} {options.precision} {options.micro_batch} x {options.sequence_length} "
+        f"on {result['device']}: "
         f"{result['tokens_per_s']:,.0f} tokens/s, {result['model_tflops_per_s']:.2f} model TFLOP/s, "
         f"MFU {'unknown' if mfu is None else f'{mfu:.1%} of the bf16 peak'}, "
         f"peak memory {'not measured' if peak_memory is None else f'{peak_memory:.1f} GiB'}"

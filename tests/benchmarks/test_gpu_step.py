@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,11 @@ from danube_ray.presets import nano
 from tests.benchmarks import gpu_step
 
 NANO = ["--preset", "nano", "--device", "cpu", "--sequence-length", "64", "--micro-batch", "2", "--warmup-steps", "1"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # tensors this small only make threads wait for each other
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -75,6 +81,9 @@ def test_it_needs_neither_ray_nor_tyro(tmp_path: Path):
         f"sys.argv = ['gpu_step.py', *{NANO!r}, '--steps', '1']\n"
         f"runpy.run_path({str(script)!r}, run_name='__main__')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "nano bf16 2 x 64 on cpu" in done.stdout

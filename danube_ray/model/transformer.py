@@ -1,0 +1,165 @@
+"""The Danube transformer, in one file: RMSNorm, RoPE, SwiGLU, grouped-query attention, no biases, untied head.
+
+Modules and weights carry the names of Hugging Face's Llama and Mistral, so a checkpoint is a Hugging Face checkpoint
+and PEFT finds its targets. Legend: B batch, T time, E hidden size, H query heads, K kv heads, D head dim, F ffn,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from danube_ray.config import AttentionBackend, ModelConfig, require
+from danube_ray.model.attention import attention, visibility
+
+Rotation = tuple[Tensor, Tensor]  # cosines and sines, (T, 1, D/2) each, fp32
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, computed in fp32 (Zhang & Sennrich, 2019).
+
+    Returns x's dtype, or autocast's where it is on: the linears that read the result would each cast and keep a copy.
+    """
+
+    def __init__(self, size: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.epsilon).to(dtype)
+
+
+def rotation(sequence_length: int, head_dim: int, theta: float, device: torch.device) -> Rotation:
+    """RoPE's angles: pair d of D/2 turns by position * theta^(-2d/D) radians (Su et al., 2021).
+
+    Computed in fp32 each forward pass: a few thousand cosines cost less than a buffer that every dtype cast, meta
+    device and state dict must be kept from. Attention sees only differences of positions, so each window starts at 0.
+    """
+    pair = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
+    position = torch.arange(sequence_length, device=device, dtype=torch.float32)
+    angle = position[:, None, None] * theta ** (-pair / head_dim)  # (T, 1, D/2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, by: Rotation) -> Tensor:
+    """Rotate the heads of x (B, T, heads, D) in fp32; a pair is (d, d + D/2), Hugging Face's rotate-half convention."""
+    cosine, sine = by
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, by: Rotation, visible: Tensor | None) -> Tensor:
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H, D)
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, K, D)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        q, k = rotate(q, by), rotate(k, by)
+        if x.is_cpu:
+            # CPU kernels take fp32 two to three times as fast as bf16 here, so autocast stops at the projections.
+            with torch.autocast("cpu", enabled=False):
+                heads = attention(q, k, v.float(), visible=visible)
+        else:
+            heads = attention(q.to(v.dtype), k.to(v.dtype), v, visible=visible)
+        return self.o_proj(heads.flatten(2).to(v.dtype))  # (B, T, E)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer, 2020)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, E) through (B, T, F)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, by: Rotation, visible: Tensor | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), by, visible)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Tokens to normed hidden states: everything below the head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        config, sequence_length = self.config, tokens.shape[1]
+        by = rotation(sequence_length, config.head_dim, config.rope_theta, tokens.device)
+        visible = visibility(
+            sequence_length,
+            sliding_window=config.sliding_window,
+            document_ids=document_ids,
+            device=tokens.device,
+        )
+        x = self.embed_tokens(tokens)  # (B, T, E)
+        for layer in self.layers:
+            x = layer(x, by, visible)
+        return self.norm(x)
+
+
+class Transformer(nn.Module):
+    """Next-token logits of a Danube model.
+
+    Weights start as N(0, initializer_range); the projections that write into the residual stream are scaled down by
+    1/sqrt(2 * num_layers), so that its variance at the top does not grow with depth (GPT-2, section 2.3). On the meta
+    device the model has shapes and no values.
+    """
+
+    def __init__(self, config: ModelConfig, attention: AttentionBackend = "auto") -> None:
+        super().__init__()
+        require(attention in ("auto", "sdpa"), "attention", attention, "'auto' or 'sdpa'")
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    def forward(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) after each of `tokens` (B, T), int64. `document_ids` (B, T) keep packed texts apart."""
+        length, limit = tokens.shape[1], self.config.context_length
+        require(length <= limit, "sequence length", length, f"at most the model's context_length={limit}")
+        return self.lm_head(self.model(tokens, document_ids))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw every weight anew from torch's global generator."""
+        deviation = self.config.initializer_range
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)  # norms
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.normal_(0.0, deviation / math.sqrt(2 * self.config.num_layers))
+            else:
+                parameter.normal_(0.0, deviation)
