@@ -76,10 +76,10 @@ def quantize(
     import numpy as np
 
     from danube_ray.data.shards import open_validation
-    from danube_ray.quantize.levels import check_level
+    from danube_ray.quantize.levels import Level, check_level
     from danube_ray.runtime import quantization
 
-    wanted = [check_level(level) for level in levels]
+    wanted: list[Level] = [check_level(level) for level in levels]
     stores = open_validation(tokens).values()
     held_out = [store.read(0, min(store.num_tokens, num_tokens // len(stores))) for store in stores]
     rows = quantization.quantize(model, out, np.concatenate(held_out), wanted)

@@ -16,8 +16,11 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from danube_ray.artifacts import content_hash, finished, provenance, write_json
 from danube_ray.config import DpoConfig, FinetuneConfig, LoopConfig, OptimizerConfig, RunConfig, require, to_dict
 
-# from danube_ray.posttrain.dpo import DpoTask
+# from danube_ray.data.windows import MixtureReader
+from danube_ray.posttrain.dpo import DpoTask
+
 # from danube_ray.posttrain.sft import SftTask
+from danube_ray.data.windows import MixtureReader
 from danube_ray.posttrain.dpo import DpoTask
 from danube_ray.posttrain.sft import SftTask
 from danube_ray.runtime.session import session
@@ -54,6 +57,7 @@ class RayContext:
 
 def pretrain(run: RunConfig, progress: Progress | None = None) -> Path:
     """Pretrain `run` on the cluster, or go on with it; the last checkpoint's folder."""
+    write_json(Path(run.output_dir) / run.name / "mixture.json", MixtureReader(run).plan.mixture())
     return train(lambda: PretrainTask(run), run, run.optimizer, run.loop, progress)
 
 

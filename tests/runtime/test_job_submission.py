@@ -39,7 +39,8 @@ def head(tmp_path_factory) -> Iterator[str]:
     environment.pop("RAY_ADDRESS", None)
     command = [
         str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=4", f"--port={gcs}",
-        f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}", "--disable-usage-stats", "--object-store-memory=200000000",
+        f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
+        "--disable-usage-stats", "--object-store-memory=200000000",
     ]  # fmt: skip
     log = (tmp_path_factory.mktemp("head") / "log").open("w+")
     process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)

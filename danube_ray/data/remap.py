@@ -1,0 +1,16 @@
+"""Carry an embedding over to another vocabulary, as Danube2 did from Llama 2's tokenizer to Mistral's."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from danube_ray.data.tokenizer import Tokenizer
+
+
+def remap_rows(old: Tokenizer, new: Tokenizer) -> np.ndarray:
+    """For each new id the old id of the same piece, or -1 where the piece is new: (new_vocab,) int64.
+
+    By piece, never by id: of the 24,184 pieces that Llama 2 and Mistral share, 270 have the same id.
+    """
+    rows = {piece: index for index, piece in enumerate(old.pieces)}
+    return np.array([rows.get(piece, -1) for piece in new.pieces], np.int64)

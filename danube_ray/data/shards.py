@@ -1,0 +1,240 @@
+"""Token shards: flat files of token ids that training maps into memory, and the folders that hold them.
+
+    tokens/SOURCE/BUCKET/shard-00000.bin    little-endian uint16 (uint32 over 65,536 pieces), documents back to back
+    tokens/SOURCE/BUCKET/shard-00000.idx    int64 end of each document in the shard, exclusive
+    tokens/SOURCE/BUCKET/manifest.json      the bucket's commit: shards in order, counts, hashes
+    tokens/validation/SOURCE/               a source's held-out documents, in the same form
+    tokens/manifest.json                    the whole folder's commit
+
+A bucket is `unscored`, or `q0` to `q3`: the quarter of the quality scale its documents lie in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from danube_ray.artifacts import MANIFEST, ArtifactError, damage, file_hash, read_manifest, write_json
+from danube_ray.config import ConfigError
+
+VALIDATION = "validation"
+UNSCORED = "unscored"
+QUALITY_BUCKETS = ("q0", "q1", "q2", "q3")
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The narrowest little-endian integer that holds every id of a vocabulary."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+def quality_bucket(quality: float | None) -> str:
+    """The bucket of a document's quality: quarters of [0, 1], the last one closed; `unscored` without a quality."""
+    if quality is None:
+        return UNSCORED
+    if not 0 <= quality <= 1:
+        raise ValueError(f"a quality lies between 0 and 1, not {quality}")
+    return QUALITY_BUCKETS[min(int(quality * 4), 3)]
+
+
+def lowest_quality(bucket: str) -> float | None:
+    """The least quality that a bucket's documents can have; None where they have none."""
+    return None if bucket == UNSCORED else QUALITY_BUCKETS.index(bucket) / 4
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a finished shard holds; its files are `name` with .bin and .idx."""
+
+    name: str
+    tokens: int
+    documents: int
+    sha256: dict[str, str]
+
+
+class ShardWriter:
+    """Writes one shard document by document. A crash leaves hidden leftovers only: final names appear in `finish`."""
+
+    def __init__(self, folder: Path, index: int, dtype: np.dtype) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._name, self._dtype = folder, f"shard-{index:05d}", dtype
+        descriptor, self._temporary = tempfile.mkstemp(dir=folder, prefix=f".{self._name}.")
+        self._file = os.fdopen(descriptor, "wb")
+        self._hash = hashlib.sha256()
+        self._ends: list[int] = []
+        self._tokens = 0
+
+    def add(self, ids: np.ndarray | Sequence[int]) -> None:
+        """Append one document's ids."""
+        data = np.asarray(ids).astype(self._dtype, casting="unsafe").tobytes()
+        self._file.write(data)
+        self._hash.update(data)
+        self._tokens += len(ids)
+        self._ends.append(self._tokens)
+
+    def finish(self) -> Shard:
+        """Flush to disk and give both files their names, the index first."""
+        ends = np.array(self._ends, "<i8").tobytes()
+        descriptor, index = tempfile.mkstemp(dir=self._folder, prefix=f".{self._name}.")
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(ends)
+            _sync(file)
+        _sync(self._file)
+        self._file.close()
+        for temporary, suffix in ((index, ".idx"), (self._temporary, ".bin")):
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(self._folder / f"{self._name}{suffix}")
+        sha256 = {".bin": self._hash.hexdigest(), ".idx": hashlib.sha256(ends).hexdigest()}
+        return Shard(self._name, self._tokens, len(self._ends), sha256)
+
+
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def commit_store(folder: Path, shards: Sequence[Shard], dtype: np.dtype, tokenizer_sha256: str) -> dict[str, Any]:
+    """Write a bucket's manifest, last, and remove what an earlier crash left beside its shards."""
+    for leftover in folder.glob(".shard-*"):
+        leftover.unlink()
+    itemsize = {".bin": dtype.itemsize, ".idx": 8}
+    files = {
+        f"{shard.name}{suffix}": {
+            "bytes": itemsize[suffix] * (shard.tokens if suffix == ".bin" else shard.documents),
+            "sha256": sha256,
+        }
+        for shard in shards
+        for suffix, sha256 in sorted(shard.sha256.items())
+    }
+    manifest = {
+        "tokens": sum(shard.tokens for shard in shards),
+        "documents": sum(shard.documents for shard in shards),
+        "dtype": dtype.str,
+        "tokenizer_sha256": tokenizer_sha256,
+        "shards": [asdict(shard) for shard in shards],
+        "files": files,
+    }
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def commit_tokens(tokens_dir: Path, **facts: Any) -> dict[str, Any]:
+    """Write the manifest of a whole tokens folder, last. It names the buckets' manifests, which name the shards."""
+    manifests = sorted(path for path in tokens_dir.glob(f"*/*/{MANIFEST}"))
+    files = {
+        str(path.relative_to(tokens_dir)): {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+        for path in manifests
+    }
+    counts: dict[str, dict[str, dict[str, int]]] = {}
+    for path in manifests:
+        store = read_manifest(path.parent)
+        group = counts.setdefault(path.parent.parent.name, {})
+        group[path.parent.name] = {"documents": store["documents"], "tokens": store["tokens"]}
+    validation = counts.pop(VALIDATION, {})
+    manifest = {"counts": counts, VALIDATION: validation, **facts, "files": files}
+    write_json(tokens_dir / MANIFEST, manifest)
+    return manifest
+
+
+def write_tokens(
+    tokens_dir: Path,
+    sources: Mapping[str, Mapping[str, Iterable[Sequence[int] | np.ndarray]]],
+    validation: Mapping[str, Iterable[Sequence[int] | np.ndarray]],
+    vocab_size: int,
+    tokenizer_sha256: str = "",
+) -> dict[str, Any]:
+    """Write a whole tokens folder from memory, one shard a bucket: `sources[source][bucket]` are documents of ids."""
+    dtype = token_dtype(vocab_size)
+    for group, buckets in {**sources, VALIDATION: validation}.items():
+        for bucket, documents in buckets.items():
+            writer = ShardWriter(tokens_dir / group / bucket, 0, dtype)
+            for ids in documents:
+                writer.add(ids)
+            commit_store(tokens_dir / group / bucket, [writer.finish()], dtype, tokenizer_sha256)
+    return commit_tokens(tokens_dir, tokenizer_sha256=tokenizer_sha256, vocab_size=vocab_size, dtype=dtype.str)
+
+
+class TokenStore:
+    """One bucket's shards as one long array of token ids, mapped into memory where it is read.
+
+    Pickles without its maps: each process opens its own. Raises `ArtifactError` when a shard is missing or has not the
+    size that the manifest says; `damage` compares the hashes too.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        manifest = read_manifest(folder)
+        self.folder = folder
+        self.dtype = np.dtype(manifest["dtype"])
+        self.num_tokens: int = manifest["tokens"]
+        self.num_documents: int = manifest["documents"]
+        self.tokenizer_sha256: str = manifest["tokenizer_sha256"]
+        self._names = [shard["name"] for shard in manifest["shards"]]
+        lengths = [shard["tokens"] for shard in manifest["shards"]]
+        self._starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+        self._maps: dict[int, np.ndarray] = {}
+        for name, facts in manifest["files"].items():
+            path = folder / name
+            if not path.is_file() or path.stat().st_size != facts["bytes"]:
+                raise ArtifactError(f"{path} is missing or torn: make the shards of {folder} again")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}
+
+    def damage(self) -> str | None:
+        """Why the bucket can't be trusted, after reading all of it; None when every hash matches."""
+        return damage(self.folder)
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens [start, start + count), (count,) of `dtype`; a view of the file unless they span two shards."""
+        if not 0 <= start <= start + count <= self.num_tokens:
+            raise IndexError(f"tokens {start} to {start + count} of {self.num_tokens} in {self.folder}")
+        if count == 0:
+            return np.empty(0, self.dtype)
+        index = bisect_right(self._starts, start) - 1
+        end = start + count
+        if end <= self._starts[index + 1]:
+            begin = self._starts[index]
+            return self._map(index)[start - begin : end - begin]
+        head = self._starts[index + 1] - start
+        return np.concatenate([self.read(start, head), self.read(start + head, count - head)])
+
+    def document_ends(self) -> np.ndarray:
+        """Exclusive end of every document in the whole store, (num_documents,) int64."""
+        ends = [np.fromfile(self.folder / f"{name}.idx", "<i8") for name in self._names]
+        return np.concatenate([np.empty(0, "<i8"), *(e + start for e, start in zip(ends, self._starts, strict=False))])
+
+    def _map(self, index: int) -> np.ndarray:
+        if index not in self._maps:
+            path = self.folder / f"{self._names[index]}.bin"
+            # np.memmap's own slices are slow to make; a plain view of the same pages isn't.
+            self._maps[index] = np.memmap(path, self.dtype, mode="r").view(np.ndarray)
+        return self._maps[index]
+
+
+def open_sources(tokens_dir: Path) -> dict[str, dict[str, TokenStore]]:
+    """Every source's buckets in a finished tokens folder, in a fixed order."""
+    counts = _root_manifest(tokens_dir)["counts"]
+    return {s: {b: TokenStore(tokens_dir / s / b) for b in sorted(buckets)} for s, buckets in sorted(counts.items())}
+
+
+def open_validation(tokens_dir: Path) -> dict[str, TokenStore]:
+    """Every source's held-out tokens."""
+    return {s: TokenStore(tokens_dir / VALIDATION / s) for s in sorted(_root_manifest(tokens_dir)[VALIDATION])}
+
+
+def store_sizes(sources: Mapping[str, Mapping[str, TokenStore]]) -> dict[str, dict[str, int]]:
+    """Tokens by source and bucket: what a mixture plan is made from."""
+    return {source: {b: store.num_tokens for b, store in buckets.items()} for source, buckets in sources.items()}
+
+
+def _root_manifest(tokens_dir: Path) -> dict[str, Any]:
+    if not (tokens_dir / MANIFEST).is_file():
+        raise ConfigError("tokens_dir", str(tokens_dir), "a finished tokens folder", "make it with `danube tokenize`")
+    return read_manifest(tokens_dir)

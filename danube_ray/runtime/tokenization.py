@@ -1,0 +1,131 @@
+"""Tokenize curated documents on Ray Data: one task a split, each leaving its own shards; this file only spreads them.
+
+What a task has finished is known by the record it wrote last. A run killed anywhere starts again, verifies what is
+there, does the rest, and leaves the bytes of a run that was not killed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray.data
+import ray.exceptions
+
+from danube_ray.artifacts import MANIFEST, ArtifactError, content_hash, damage, file_hash, finished, read_manifest
+from danube_ray.config import require
+from danube_ray.data.documents import (
+    DocumentSplit,
+    commit_splits,
+    document_splits,
+    sample_texts,
+    tokenize_split,
+    validation_bounds,
+)
+from danube_ray.data.shards import Shard, open_sources, open_validation
+from danube_ray.data.tokenizer import Tokenizer, train_tokenizer
+from danube_ray.runtime.session import session
+
+VERSION = 1  # part of every result's inputs: raise it when the same documents would give other shards
+TOKENIZER_SAMPLE_BYTES = 8 * 2**20
+
+Progress = Callable[[int, int], None]
+
+
+def train_tokenizer_on(
+    documents: Path, folder: Path, vocab_size: int, max_bytes: int = TOKENIZER_SAMPLE_BYTES
+) -> Tokenizer:
+    """Train a tokenizer on a fixed sample of about `max_bytes` of a documents folder's text; see `train_tokenizer`."""
+    return train_tokenizer(sample_texts(documents, max_bytes), folder, vocab_size)
+
+
+def tokenize(
+    documents: Path, tokenizer_folder: Path, out: Path, *, on_progress: Progress | None = None
+) -> dict[str, Any]:
+    """Turn a documents folder into the tokens folder `out`; returns its manifest, with `counts` and `validation`.
+
+    `on_progress(done, total)` counts splits. `out` appears complete; one that is complete from the same input is
+    checked and left as it is, and where a shard is damaged only its split is done again. Raises `ConfigError` before
+    any work.
+    """
+    documents, out = documents.resolve(), out.resolve()
+    splits, tokenizer = document_splits(documents), Tokenizer.load(tokenizer_folder.resolve())
+    bounds = validation_bounds(splits)
+    inputs = {
+        "version": VERSION,
+        "documents": file_hash(documents / MANIFEST),
+        "tokenizer": tokenizer.sha256,
+        "validation_bounds": bounds,
+    }
+    _check_place(out)
+    if finished(out, inputs) and _sound(out):
+        return read_manifest(out)
+    work = _work_folder(out, content_hash(inputs))
+    if finished(out, inputs):  # damaged: what is sound of it counts as done
+        shutil.rmtree(work, ignore_errors=True)
+        out.rename(work)
+    work.mkdir(parents=True, exist_ok=True)
+    shards = _tokenize_splits(splits, tokenizer, bounds, work, on_progress or (lambda done, total: None))
+    manifest = commit_splits(shards, tokenizer, work, inputs=content_hash(inputs), tokens_version=VERSION)
+    shutil.rmtree(out, ignore_errors=True)
+    work.rename(out)
+    return manifest
+
+
+def _tokenize_splits(
+    splits: list[DocumentSplit], tokenizer: Tokenizer, bounds: dict[str, int], work: Path, on_progress: Progress
+) -> list[dict[str, Shard]]:
+    """Tokenize every split, each as a Ray Data task of its own; their shards by store, in the splits' order."""
+
+    def step(row: dict[str, Any]) -> dict[str, Any]:
+        split = DocumentSplit(row["source"], row["index"], Path(row["path"]))
+        shards = tokenize_split(split, tokenizer, bounds[split.source], work)
+        named = {store: asdict(shard) for store, shard in shards.items()}
+        return {"number": row["number"], "shards": json.dumps(named)}
+
+    shards: list[dict[str, Shard]] = [{}] * len(splits)
+    rows = [
+        {"number": number, "source": split.source, "index": split.index, "path": str(split.path)}
+        for number, split in enumerate(splits)
+    ]
+    with session():
+        dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(step)
+        try:
+            for done, row in enumerate(dataset.iter_rows(), start=1):
+                named = json.loads(row["shards"])
+                shards[row["number"]] = {store: Shard(**facts) for store, facts in named.items()}
+                on_progress(done, len(splits))
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None  # a full disk is said in its own words, not in Ray's
+    return shards
+
+
+def _sound(out: Path) -> bool:
+    """Whether the folder's manifests are as committed and every shard has its size (hashes of all would take hours)."""
+    try:
+        open_sources(out)
+        open_validation(out)
+    except (ArtifactError, OSError):
+        return False
+    return damage(out) is None
+
+
+def _work_folder(out: Path, inputs: str) -> Path:
+    """The hidden folder beside `out` for work from exactly these inputs; what earlier inputs left there is removed."""
+    work = out.parent / f".{out.name}.tokenizing-{inputs[:16]}"
+    for stale in out.parent.glob(f".{out.name}.tokenizing-*"):
+        if stale != work:
+            shutil.rmtree(stale)
+    return work
+
+
+def _check_place(out: Path) -> None:
+    """Refuse an `out` whose replacement would remove something that no tokenization wrote."""
+    ours = (out / MANIFEST).is_file() and "tokens_version" in read_manifest(out)
+    allowed = "a new or empty folder, or one that an earlier tokenization wrote"
+    free = ours or not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    require(free, "out", str(out), allowed, "choose another folder, or remove this one")

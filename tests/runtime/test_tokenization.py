@@ -1,0 +1,96 @@
+"""Tokenization on Ray Data: complete or not there, resumed split by split, and the bytes of a run in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from danube_ray.artifacts import ArtifactError
+from danube_ray.config import ConfigError
+from danube_ray.data.documents import commit_splits, document_splits, tokenize_split, validation_bounds
+from danube_ray.data.shards import open_sources, open_validation
+from danube_ray.data.tokenizer import Tokenizer
+from danube_ray.runtime.tokenization import tokenize, train_tokenizer_on
+from tests.data.documents import write_documents
+
+SIZES = {"books": [4], "web": [300, 200, 1], "wiki": [90, 60]}
+
+
+@pytest.fixture
+def documents(tmp_path: Path) -> Path:
+    return write_documents(tmp_path / "documents", SIZES)
+
+
+@pytest.fixture
+def tokenizer(documents: Path, tmp_path: Path) -> Tokenizer:
+    return train_tokenizer_on(documents, tmp_path / "tokenizer", 500)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_tokenizer_is_trained_on_the_documents(documents: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    assert tokenizer.vocab_size == 500
+    assert "▁wiki" in tokenizer.pieces
+    assert train_tokenizer_on(documents, tmp_path / "again", 500).sha256 == tokenizer.sha256
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_a_run_resumes_split_by_split_and_leaves_the_bytes_of_one_process(
+    documents: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    out, folder = tmp_path / "tokens", tokenizer.model_file.parent
+    splits, progress = document_splits(documents), list[tuple[int, int]]()
+    bounds = validation_bounds(splits)
+    alone = tmp_path / "alone"
+    shards = [tokenize_split(split, tokenizer, bounds[split.source], alone) for split in splits]
+    commit_splits(shards, tokenizer, alone)
+
+    def crash(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(documents, folder, out, on_progress=crash)
+    assert not out.exists()
+    manifest = tokenize(documents, folder, out, on_progress=lambda done, total: progress.append((done, total)))
+    assert progress == [(done, 6) for done in range(1, 7)]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    made, expected = content(out), content(alone)
+    assert made.pop("manifest.json") != expected.pop("manifest.json"), "the root's names the inputs too"
+    assert made == expected
+    stores = {**open_sources(out), "validation": open_validation(out)}
+    counted = {group: {name: store.num_documents for name, store in part.items()} for group, part in stores.items()}
+    told = {**manifest["counts"], "validation": manifest["validation"]}
+    assert counted == {
+        group: {name: facts["documents"] for name, facts in part.items()} for group, part in told.items()
+    }
+    assert sum(sum(part.values()) for part in counted.values()) == sum(map(sum, SIZES.values()))
+
+    # Complete: nothing is done. Torn: its split is done again, and no other.
+    progress.clear()
+    assert tokenize(documents, folder, out, on_progress=lambda done, total: progress.append((done, total))) == manifest
+    assert progress == []
+    torn, kept = out / "wiki" / "unscored" / "shard-00001.bin", out / "wiki" / "unscored" / "shard-00000.bin"
+    torn.write_bytes(torn.read_bytes()[:-2])
+    with pytest.raises(ArtifactError, match=r"shard-00001\.bin is missing or torn"):
+        open_sources(out)
+    before = kept.stat().st_ino
+    assert tokenize(documents, folder, out) == manifest
+    assert content(out)["wiki/unscored/shard-00001.bin"] == expected["wiki/unscored/shard-00001.bin"]
+    assert kept.stat().st_ino == before
+
+
+def test_what_cannot_be_tokenized_fails_before_any_work(documents: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    folder = tokenizer.model_file.parent
+    with pytest.raises(ConfigError, match="danube curate"):
+        tokenize(tmp_path / "absent", folder, tmp_path / "tokens")
+    with pytest.raises(ConfigError, match="tokenizer"):
+        tokenize(documents, tmp_path / "absent", tmp_path / "tokens")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match="out is .*mine.*allowed is a new or empty folder"):
+        tokenize(documents, folder, tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").exists()

@@ -1,0 +1,138 @@
+"""The jobs: thin, each the verb of its name, and run by `ray job submit` on a head started by hand."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import secrets
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from ray._private.runtime_env.packaging import _dir_travel
+
+from danube_ray.artifacts import read_manifest
+from danube_ray.cli import VERBS
+
+REPOSITORY = Path(__file__).parent.parent
+JOBS = sorted((REPOSITORY / "jobs").glob("*.py"))
+PROSE = (
+    "The river rises in the hills and runs to the sea. It passes ten countries on its way. The people who live on its "
+    "banks have built bridges and mills since before anyone wrote about them. In the summer the water is low and it is "
+    "easy to cross. In the spring it carries the snow of the mountains."
+)
+each_job = pytest.mark.parametrize("job", JOBS, ids=lambda path: path.stem)
+
+
+def test_every_verb_of_a_cluster_has_its_job():
+    wanted = {"curate", "tokenize", "pretrain", "search", "sft", "dpo", "evaluate", "quantize", "serve"}
+    assert {job.stem for job in JOBS} == wanted
+    assert wanted <= VERBS.keys()
+
+
+@each_job
+def test_a_job_is_thin_and_says_how_to_submit_it(job: Path):
+    text = job.read_text()
+    assert len(text.splitlines()) <= 15
+    assert max(map(len, text.splitlines())) <= 120
+    command = shlex.split((ast.get_docstring(ast.parse(text)) or "").split("\n", 1)[1].replace("\\\n", " "))
+    assert command[:4] == ["RAY_AUTH_MODE=token", "ray", "job", "submit"]
+    assert command[command.index("--") + 1 :][:2] == ["python", f"jobs/{job.name}"]
+
+
+@each_job
+def test_a_job_runs_its_verb(job: Path, tmp_path: Path):
+    """An option nobody has: the verb itself refuses it, by name, before anything starts."""
+    preset = ["nano"] if job.stem in ("pretrain", "search") else []
+    command = [sys.executable, str(job), *preset, "--no-such-option", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"}
+    refused = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert f"danube {job.stem}" in refused.stdout + refused.stderr
+
+
+def test_what_is_submitted_is_the_code_and_neither_data_nor_environments():
+    """Ray's own walk over the working folder, reading `.rayignore`. It enters a folder only when it packs it."""
+    packed: list[Path] = []
+    _dir_travel(REPOSITORY, [], lambda path: packed.append(path.relative_to(REPOSITORY)), include_gitignore=False)
+    names = {str(path) for path in packed}
+    assert {"danube_ray/data/plan.py", "danube_ray/report/page.html", "jobs/pretrain.py", "pyproject.toml"} <= names
+    entered = {part for path in packed for part in path.parts}
+    assert entered.isdisjoint({".git", ".venv", "__pycache__", ".ruff_cache", ".pytest_cache"})
+    assert {path.parts[0] for path in packed if path.parts}.isdisjoint({"runs", "data", "dist"})
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, held together so that they differ."""
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+@dataclass(frozen=True)
+class Head:
+    address: str
+    environment: dict[str, str]
+
+    def submit(self, *command: str) -> subprocess.CompletedProcess[str]:
+        submit = ["ray", "job", "submit", "--address", self.address, "--working-dir", str(REPOSITORY), "--", *command]
+        return subprocess.run(submit, env=self.environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    """A head started as cluster/README.md says, on ports of its own: another Ray may run on this machine."""
+    names = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port", "metrics-export-port")
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # nothing is left to drain when the tests are done
+    }
+    options = [f"--{name}={port}" for name, port in ports.items()]
+    options += ["--num-cpus=3", f"--object-store-memory={128 * 2**20}", "--disable-usage-stats", "--block"]
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # not tmp_path: a socket's path is 107 bytes at most
+        start = ["ray", "start", "--head", f"--temp-dir={folder}", *options]
+        process = subprocess.Popen(start, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert process.stdout is not None
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if "Ray runtime started" in line:
+                break
+        assert process.poll() is None, "".join(said)
+        yield Head(f"http://127.0.0.1:{ports['dashboard-port']}", environment)
+        process.terminate()  # with `--block` it takes this head's processes, and no other's, with it
+        process.communicate(timeout=60)
+
+
+@pytest.mark.ray
+def test_a_submitted_job_curates_on_the_cluster(head: Head, tmp_path: Path):
+    texts = [f"Note {n}. {PROSE} This is what the reader of note {n} will find in it." for n in range(4)]
+    source = tmp_path / "notes.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, texts[0], "too short"]))
+    out = tmp_path / "documents"
+    done = head.submit("python", "jobs/curate.py", f"notes={source}", "--out", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    counts = read_manifest(out)["counts"]["notes"]
+    assert (counts["read"], counts["kept"], counts["dropped"]) == (6, 4, 2)
+
+
+@pytest.mark.ray
+def test_a_client_without_the_token_is_refused(head: Head):
+    stranger = Head(head.address, {**head.environment, "RAY_AUTH_TOKEN": secrets.token_hex(32)})
+    refused = stranger.submit("python", "jobs/curate.py", "--help")
+    assert refused.returncode != 0
+    assert "token authentication is enabled" in refused.stderr
