@@ -19,8 +19,10 @@ from pathlib import Path
 import pytest
 from ray._private.runtime_env.packaging import _dir_travel
 
-from danube_ray.artifacts import read_manifest
+from danube_ray.artifacts import read_json_lines, read_manifest
 from danube_ray.cli import VERBS
+from danube_ray.train.checkpoint import newest_verified
+from tests.benchmarks.nano import write_noise
 
 REPOSITORY = Path(__file__).parent.parent
 JOBS = sorted((REPOSITORY / "jobs").glob("*.py"))
@@ -128,6 +130,19 @@ def test_a_submitted_job_curates_on_the_cluster(head: Head, tmp_path: Path):
     assert done.returncode == 0, done.stdout + done.stderr
     counts = read_manifest(out)["counts"]["notes"]
     assert (counts["read"], counts["kept"], counts["dropped"]) == (6, 4, 2)
+
+
+@pytest.mark.ray
+def test_a_submitted_job_pretrains_the_nano_preset(head: Head, tmp_path: Path):
+    tokens, runs = write_noise(tmp_path / "tokens", tokens_per_source=20_000), tmp_path / "runs"
+    steps = [f"--stages.{stage}.tokens={tokens}" for stage, tokens in enumerate((12_288, 8_192, 8_192))]
+    where = ["--name=job", f"--tokens-dir={tokens}", f"--output-dir={runs}", "--loop.cpus-per-worker=2"]
+    done = head.submit("python", "jobs/pretrain.py", "nano", *where, *steps)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = read_json_lines(runs / "job" / "metrics.jsonl")
+    assert rows[-1]["step"] == 7 and rows[-1]["stage"] == "anneal"
+    assert newest_verified(runs / "job" / "checkpoints") == runs / "job" / "checkpoints" / "step-00000007"
+    assert (runs / "job" / "report.html").is_file()
 
 
 @pytest.mark.ray

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from danube_ray.artifacts import ArtifactError
-from danube_ray.cli.console import Positional, console, print_report
+from danube_ray.cli.console import Positional, console, print_report, registry
 from danube_ray.cli.data import curate, tokenize, tokenizer
 from danube_ray.cli.models import chat, evaluate, quantize, serve
 from danube_ray.cli.training import dpo, export, pretrain, search, sft
@@ -90,7 +90,10 @@ VERBS: dict[str, Callable[..., None]] = {
 }
 
 
-def run_preset_verb(name: str, arguments: list[str]) -> None:
+def run_verb(name: str, arguments: list[str]) -> None:
+    if name not in PRESET_VERBS:
+        tyro.cli(VERBS[name], args=arguments, prog=f"danube {name}")
+        return
     preset, *options = arguments or ["--help"]
     if preset in ("-h", "--help"):
         console.print(f"usage: danube {name} PRESET [OPTIONS]\n\n{PRESET_VERBS[name].__doc__}\n")
@@ -112,10 +115,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     try:
         require(name in VERBS, "verb", name, f"one of {', '.join(VERBS)}")
-        if name in PRESET_VERBS:
-            run_preset_verb(name, arguments)
-        else:
-            tyro.cli(VERBS[name], args=arguments, prog=f"danube {name}")
+        with registry:
+            run_verb(name, arguments)
     except (ConfigError, ArtifactError) as error:
         Console(stderr=True).print(f"[bold red]danube {name}:[/bold red] {error}", highlight=False, soft_wrap=True)
         raise SystemExit(USAGE_ERROR) from None

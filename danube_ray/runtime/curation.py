@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import ray.data
-import ray.exceptions
 
 from danube_ray.artifacts import MANIFEST, ArtifactError, commit, content_hash, damage, finished, read_manifest
 from danube_ray.config import require
@@ -31,6 +30,7 @@ from danube_ray.runtime.session import session
 VERSION = 1
 
 Progress = Callable[[int, int], None]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -95,42 +95,48 @@ def _curate_splits(
     rows = [{"index": index, "split": json.dumps(asdict(split))} for index, split in enumerate(splits)]
     report = on_progress or (lambda done, total: None)
     with session():
-        judged = _map_splits(partial(_judge, settings=settings), rows, lambda done: report(done, 2 * len(rows)))
+        judge = partial(_run_step, step=_judge, settings=settings)
+        judged = _map_splits(judge, rows, lambda done: report(done, 2 * len(rows)))
         _check_quarantine(_sum_by_source(splits, judged), max_quarantine_share, settings.work)
         for row, duplicates in zip(rows, _duplicates(splits, settings), strict=True):
             row["duplicates"] = json.dumps(duplicates)
-        final = _map_splits(
-            partial(_finish, settings=settings), rows, lambda done: report(len(rows) + done, 2 * len(rows))
-        )
+        finish = partial(_run_step, step=_finish, settings=settings)
+        final = _map_splits(finish, rows, lambda done: report(len(rows) + done, 2 * len(rows)))
     return _counts_by_source(splits, judged, final)
 
 
 def _map_splits(
-    step: Callable[[dict[str, Any]], dict[str, Any]], rows: list[dict[str, Any]], on_done: Callable[[int], None]
+    run_step: Callable[[Row], Row], rows: list[Row], on_done: Callable[[int], None]
 ) -> list[dict[str, Any]]:
-    """Run `step` on every row, each as a Ray Data task of its own; the counts they return, in the rows' order."""
+    """Run a step on every row, each as a Ray Data task of its own; the counts they return, in the rows' order."""
     counts: list[dict[str, Any]] = [{}] * len(rows)
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(step)
-    dataset.context.raise_original_map_exception = True  # a full disk is said in its own words, not in Ray's
-    try:
-        for done, row in enumerate(dataset.iter_rows(), start=1):
-            counts[row["index"]] = json.loads(row["counts"])
-            on_done(done)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(run_step)
+    for done, row in enumerate(dataset.iter_rows(), start=1):
+        outcome = json.loads(row["outcome"])
+        if "error" in outcome:
+            raise OSError(*outcome["error"])
+        counts[row["index"]] = outcome["counts"]
+        on_done(done)
     return counts
 
 
-def _judge(row: dict[str, Any], settings: _Settings) -> dict[str, Any]:
+def _run_step(row: Row, step: Callable[[Row, _Settings], dict[str, Any]], settings: _Settings) -> Row:
+    """One task. A disk that is full or gone comes back as a value: Ray would rewrite the exception's words."""
+    try:
+        outcome = {"counts": step(row, settings)}
+    except OSError as error:
+        outcome = {"error": [error.errno, error.strerror, error.filename]}
+    return {"index": row["index"], "outcome": json.dumps(outcome, default=str)}
+
+
+def _judge(row: Row, settings: _Settings) -> dict[str, Any]:
     split = _unpacked(row["split"])
-    counts = judge_split(split, settings.rules[split.source], settings.max_document_bytes, settings.work)
-    return {"index": row["index"], "counts": json.dumps(counts)}
+    return judge_split(split, settings.rules[split.source], settings.max_document_bytes, settings.work)
 
 
-def _finish(row: dict[str, Any], settings: _Settings) -> dict[str, Any]:
+def _finish(row: Row, settings: _Settings) -> dict[str, Any]:
     duplicates = {int(index): kept_id for index, kept_id in json.loads(row["duplicates"]).items()}
-    counts = finish_split(_unpacked(row["split"]), duplicates, settings.work)
-    return {"index": row["index"], "counts": json.dumps(counts)}
+    return finish_split(_unpacked(row["split"]), duplicates, settings.work)
 
 
 def _unpacked(split: str) -> Split:

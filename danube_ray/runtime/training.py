@@ -15,11 +15,6 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from danube_ray.artifacts import content_hash, finished, provenance, write_json
 from danube_ray.config import DpoConfig, FinetuneConfig, LoopConfig, OptimizerConfig, RunConfig, require, to_dict
-
-# from danube_ray.data.windows import MixtureReader
-from danube_ray.posttrain.dpo import DpoTask
-
-# from danube_ray.posttrain.sft import SftTask
 from danube_ray.data.windows import MixtureReader
 from danube_ray.posttrain.dpo import DpoTask
 from danube_ray.posttrain.sft import SftTask

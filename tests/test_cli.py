@@ -1,0 +1,94 @@
+"""The command line: instant help, every setting an option, one clear error for a wrong one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from danube_ray.cli import PRESET_VERBS, VERBS, main
+from danube_ray.cli.training import Unprefixed
+from danube_ray.config import RunConfig
+from danube_ray.presets import PRESETS
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit status, output and errors of a call."""
+    try:
+        main(list(arguments))
+        status = 0
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_help_names_every_verb_without_loading_what_verbs_need():
+    script = (
+        "import sys; from danube_ray.cli import main; main(['--help']); "
+        "print(sorted({'torch', 'ray', 'transformers', 'numpy'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("[]")
+    assert all(verb in done.stdout for verb in VERBS)
+
+
+def test_presets_prints_parameters_and_stages(capsys):
+    status, out, _ = run(capsys, "presets")
+    assert status == 0 and all(name in out for name in PRESETS)
+    for name in ("danube_1_8b", "danube3_500m", "danube3_4b"):
+        assert f"{PRESETS[name]().model.num_parameters:,}" in out
+    assert "web 90.6" in out and "16,384" in out
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_every_verb_explains_itself(capsys, verb):
+    preset = ["nano"] if verb in ("pretrain", "search") else []
+    status, out, _ = run(capsys, verb, *preset, "--help")
+    assert status == 0 and (verb == "doctor" or "--" in out) and f"danube {verb}" in out
+
+
+def test_any_field_of_a_preset_can_be_overridden(monkeypatch):
+    runs = []
+    settings = ["--stages.1.shares", "crawl=7,books=3", "--stages.0.tokens", "8192", "--model.sliding-window", "64"]
+
+    def verb(run: Unprefixed[RunConfig]) -> None:
+        runs.append(run)
+
+    monkeypatch.setitem(PRESET_VERBS, "pretrain", verb)
+    main(["pretrain", "nano", *settings, "--loop.no-deterministic", "--optimizer.beta2", "0.99"])
+    (run,) = runs
+    assert run.stages[1].shares == {"crawl": 7, "books": 3} and run.stages[0].tokens == 8192
+    assert run.model.sliding_window == 64 and run.optimizer.beta2 == 0.99
+    assert run.stages[2] == PRESETS["nano"]().stages[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["pretrian"], "verb is 'pretrian', allowed is one of demo, presets"),
+        (["pretrain", "danube_2b"], "preset is 'danube_2b', allowed is one of danube_1_8b"),
+        (["pretrain", "nano", "--optimizer.learning-rate", "-1"], "learning_rate is -1.0"),
+        (["pretrain", "nano", "--loop.precision", "fp64"], "Expected one of"),
+        (["pretrain", "nano", "--model.num-kv-heads", "3"], "num_kv_heads is 3, allowed is a divisor of num_heads=4"),
+        (["pretrain", "nano", "--stages.0.sequence-length", "384"], "is 384"),
+        (["pretrain", "nano", "--stages.1.shares", "web=3,wiki=-2"], "positive integers"),
+        (["pretrain", "nano", "--tokens-dir", "/nowhere"], "tokens_dir is '/nowhere'"),
+        (["curate", "web"], "argument is 'web', allowed is NAME=PATH"),
+        (["curate", "web=/nowhere"], "allowed is a path that exists"),
+        (["tokenize", "--documents", "/nowhere"], "/nowhere"),
+        (["sft", "--name", "x", "--base", "/nowhere", "--data", "/nowhere"], "/nowhere"),
+        (["dpo", "--name", "x", "--base", "b", "--data", "d", "lora:none"], "frozen base under the adapters"),
+        (["evaluate", "/nowhere"], "--tasks and --tokens"),
+        (["quantize", "/nowhere", "--tokens", "/nowhere", "--levels", "Q9"], "Q9"),
+        (["serve", "chat=/nowhere.gguf", "--tokenizer", "/nowhere"], "allowed is a path that exists"),
+        (["export", "/nowhere", "--tokenizer", "/nowhere", "--out", "/nowhere"], "has no verified checkpoint"),
+        (["chat", "hello", "--model", "m", "--url", "http://127.0.0.1:9"], "a server that can be reached"),
+        (["report", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_a_mistake_is_one_error_that_names_it(capsys, arguments, said):
+    status, out, err = run(capsys, *arguments)
+    told = " ".join((out + err).replace("│", " ").split())
+    assert status == 2 and said in told and "Traceback" not in told
