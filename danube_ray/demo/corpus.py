@@ -34,6 +34,7 @@ from danube_ray.demo.instructions import instruction_sets, stable_number
 
 SHARD_BYTES = 2**20
 MAX_FILE_BYTES = 200_000
+DOCUMENT_CHARS = 4_000
 MIN_MODULE_BYTES = 1_000
 MODULES_AT_ONCE = 16
 WEB_FILE_SHARE = 0.6
@@ -79,7 +80,7 @@ def collect(out: Path, max_bytes_per_source: int, text: Path | None = None) -> C
     """Fill `out` with `sources/NAME/` for curation, `instructions.jsonl`, `preferences.jsonl` and `questions.jsonl`.
 
     `web` has at most `max_bytes_per_source` of text, `docs` and `stdlib` half of that. With `text`, a file or a folder
-    of text, JSON lines or Parquet, the sources are links to it: one for each subfolder, and one for the files beside
+    of text, JSON lines or Parquet, the sources are made of it: one for each subfolder, and one for the files beside
     them. Raises ConfigError when `text` does not exist or is empty.
     """
     require(max_bytes_per_source > 0, "max_bytes_per_source", max_bytes_per_source, "greater than 0")
@@ -191,23 +192,46 @@ def _json_lines(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def _link_sources(text: Path, folder: Path) -> dict[str, int]:
-    """Link a file, or a folder's files and subfolders, as sources below `folder`; bytes on disk of each."""
+    """A file, or a folder's files and subfolders, as sources below `folder`; bytes on disk of each.
+
+    Files are linked, but for long plain text: a book is one file and many documents.
+    """
     require(text.exists(), "text", str(text), "an existing file or folder")
     text = text.resolve()
     entries = [text] if text.is_file() else sorted(path for path in text.iterdir() if not path.name.startswith("."))
     require(bool(entries), "text", str(text), "a folder with at least one file")
     for entry in entries:
         source = folder / _source_name(entry.name if entry.is_dir() else text.stem if text.is_file() else text.name)
-        if entry.is_dir():
-            folder.mkdir(parents=True, exist_ok=True)
-            source.symlink_to(entry, target_is_directory=True)
-        else:
-            source.mkdir(parents=True, exist_ok=True)
-            (source / entry.name).symlink_to(entry)
+        for file in [entry] if entry.is_file() else sorted(path for path in entry.rglob("*") if path.is_file()):
+            place = source / (file.name if entry.is_file() else file.relative_to(entry))
+            place.parent.mkdir(parents=True, exist_ok=True)
+            documents = _cut_into_documents(file)
+            if documents:
+                write_atomically(place.with_name(f"{file.name}.jsonl"), _json_lines(documents))
+            else:
+                place.symlink_to(file)
     return {
         source.name: sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
         for source in sorted(folder.iterdir())
     }
+
+
+def _cut_into_documents(file: Path) -> list[dict[str, str]]:
+    """Rows of a long plain text, cut between paragraphs; none for what is short, of another form, or not UTF-8."""
+    if file.suffix != ".txt" or file.stat().st_size < 4 * DOCUMENT_CHARS:
+        return []
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return []
+    documents, size = [[]], 0
+    for paragraph in re.split(r"\n\s*\n", text):
+        if size > DOCUMENT_CHARS:
+            documents.append([])
+            size = 0
+        documents[-1].append(paragraph)
+        size += len(paragraph)
+    return [{"text": "\n\n".join(parts), "url": f"{file}#{number}"} for number, parts in enumerate(documents)]
 
 
 def _source_name(name: str) -> str:

@@ -6,10 +6,10 @@ the way, so a second run does only what is missing or changed.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from danube_ray.artifacts import read_json, read_json_lines, read_manifest, write_json
-from danube_ray.config import DpoConfig, FinetuneConfig, LoraConfig, OptimizerConfig, RunConfig
+from danube_ray.config import DpoConfig, FinetuneConfig, LoraConfig, OptimizerConfig, RunConfig, to_dict
 from danube_ray.demo.steps import Steps
 from danube_ray.presets import PRESETS
 from danube_ray.report import write_report
@@ -63,10 +63,10 @@ class Demo:
         step("tokenizer", "Train the tokenizer", preset.model.vocab_size, self.train_tokenizer)
         step("tokens", "Write token shards", [], self.tokenize)
         step("search", "Search a proxy's settings", SEARCH_TOKENS, self.search)
-        step("pretrain", "Pretrain in three stages", dataclasses.asdict(preset), self.pretrain)
+        step("pretrain", "Pretrain in three stages", settings(preset), self.pretrain)
         step("model", "Export to a Hugging Face folder", [], self.export)
-        step("sft", "Fine-tune on instructions", dataclasses.asdict(self.sft_config()), self.sft)
-        step("dpo", "Align on preferences (DPO, LoRA)", dataclasses.asdict(self.dpo_config()), self.dpo)
+        step("sft", "Fine-tune on instructions", settings(self.sft_config()), self.sft)
+        step("dpo", "Align on preferences (DPO, LoRA)", settings(self.dpo_config()), self.dpo)
         step("evaluation", "Evaluate", [], self.evaluate)
         step("gguf", "Quantize", LEVELS, self.quantize)
         step("samples.json", "Serve and ask", QUESTIONS, self.ask)
@@ -125,16 +125,17 @@ class Demo:
     # Training
 
     def preset(self) -> RunConfig:
-        """The nano preset on this run's tokens. Text of the user's own is mixed in equal shares."""
+        """The nano preset on this run's tokens. The user's own text is mixed as it comes, and read 4 times at most."""
         run = PRESETS["nano"]()
-        sources = self.token_counts()
-        own = dict.fromkeys(sources, 1) if sources.keys() != run.stages[0].shares.keys() else None
-        stages = tuple(dataclasses.replace(stage, shares=own or stage.shares) for stage in run.stages)
-        loop = dataclasses.replace(run.loop, cpus_per_worker=threads())
-        return dataclasses.replace(
-            run, name="pretrain", stages=stages, loop=loop, tokens_dir=str(self.root / "tokens"),
-            output_dir=str(self.root),
-        )  # fmt: skip
+        counts = self.token_counts()
+        if counts.keys() != run.stages[0].shares.keys():
+            total = sum(counts.values())
+            shares = {source: max(1, round(1000 * tokens / total)) for source, tokens in counts.items()}
+            scale = min(1.0, 0.9 * run.max_epochs * total / run.total_tokens)
+            stages = [replace(stage, shares=shares, tokens=round(scale * stage.tokens)) for stage in run.stages]
+            run = replace(run, stages=tuple(stages))
+        loop = replace(run.loop, cpus_per_worker=threads())
+        return replace(run, name="pretrain", loop=loop, tokens_dir=str(self.root / "tokens"), output_dir=str(self.root))
 
     def search(self) -> dict[str, Any]:
         from danube_ray.runtime.tuning import search
@@ -143,8 +144,8 @@ class Demo:
 
         self.start_ray()
         run = self.preset()
-        loop = dataclasses.replace(run.loop, cpus_per_worker=1)
-        small = proxy(dataclasses.replace(run, loop=loop), "proxy", run.model, SEARCH_TOKENS)
+        loop = replace(run.loop, cpus_per_worker=1)
+        small = proxy(replace(run, loop=loop), "proxy", run.model, SEARCH_TOKENS)
         study = Study(ranges={"optimizer.learning_rate": (1e-3, 8e-3)}, num_trials=2, max_concurrent=2)
         best, *_ = search(small, study, self.root / "search")
         return {"trials": study.num_trials, "best learning rate": f"{best.config['optimizer.learning_rate']:.2e}"}
@@ -157,8 +158,8 @@ class Demo:
         run = self.preset()
         best, *_ = read_trials(self.root / "search")
         rate = best.config["optimizer.learning_rate"]
-        optimizer = dataclasses.replace(run.optimizer, learning_rate=rate, min_learning_rate=rate / 20)
-        pretrain(dataclasses.replace(run, optimizer=optimizer), self.progress())
+        optimizer = replace(run.optimizer, learning_rate=rate, min_learning_rate=rate / 20)
+        pretrain(replace(run, optimizer=optimizer), self.progress())
         return {
             "parameters": f"{run.model.num_parameters:,}",
             "tokens": f"{run.total_tokens:,}",
@@ -185,7 +186,7 @@ class Demo:
             micro_batch_size=32,
             max_length=128,
             optimizer=OptimizerConfig(learning_rate=1e-3, min_learning_rate=0.0, warmup_steps=10),
-            loop=dataclasses.replace(run.loop, cpus_per_worker=threads(), log_every_steps=2),
+            loop=replace(run.loop, cpus_per_worker=threads(), log_every_steps=2),
             output_dir=str(self.root),
         )
 
@@ -209,7 +210,7 @@ class Demo:
             max_length=128,
             lora=LoraConfig(rank=4, alpha=16),
             optimizer=OptimizerConfig(learning_rate=5e-4, min_learning_rate=0.0, warmup_steps=4, weight_decay=0.0),
-            loop=dataclasses.replace(run.loop, cpus_per_worker=threads(), log_every_steps=2),
+            loop=replace(run.loop, cpus_per_worker=threads(), log_every_steps=2),
             output_dir=str(self.root),
         )
 
@@ -328,6 +329,11 @@ class Demo:
         self.console.print(f"\n[bold]{sample['prompt']}[/bold]\n{sample['answer']}\n", highlight=False)
         self.console.print(f"report  [bold]{shorten(report)}[/bold]")
         self.console.print(f"serve   [bold]danube serve {CHAT_MODEL}={gguf} --tokenizer {chat}[/bold]", soft_wrap=True)
+
+
+def settings(config: RunConfig | FinetuneConfig) -> dict[str, Any]:
+    """What a step's result depends on: all but how the loop runs, such as on how many of this machine's CPUs."""
+    return {name: value for name, value in to_dict(config).items() if name != "loop"}
 
 
 def threads() -> int:

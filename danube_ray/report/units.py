@@ -88,7 +88,7 @@ def percent(share: float | None, decimals: int = 1) -> str:
 
 def fact(name: str, value: Any) -> tuple[str, str]:
     """Label and text of a named value; the name's ending tells its unit (`_bytes`, `_s`), as everywhere in the code."""
-    words = name.replace("_", " ")
+    words = name.replace("_", " ") if name.islower() else name  # Q4_K_M is a name, not words
     if isinstance(value, bool):
         return words, "yes" if value else "no"
     if isinstance(value, int | float):

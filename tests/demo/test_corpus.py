@@ -180,3 +180,16 @@ def test_missing_and_empty_text_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="at least one file"):
         collect(tmp_path / "out", MAX_BYTES, tmp_path / "empty")
+
+
+def test_a_book_becomes_documents_cut_between_paragraphs(tmp_path):
+    paragraphs = [f"Paragraph {n} of the book. " + "It goes on for a while. " * 20 for n in range(60)]
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "novel.txt").write_text("\n\n".join(paragraphs))
+    (tmp_path / "books" / "note.txt").write_text("A short note.")
+    collect(tmp_path / "out", 10_000, text=tmp_path / "books")
+    cut = tmp_path / "out" / "sources" / "books" / "novel.txt.jsonl"
+    rows = [json.loads(line) for line in cut.read_text().splitlines()]
+    assert len(rows) > 4 and rows[1]["url"].endswith("novel.txt#1")
+    assert "\n\n".join(row["text"] for row in rows) == "\n\n".join(paragraphs)
+    assert (tmp_path / "out" / "sources" / "books" / "note.txt").read_text() == "A short note."
