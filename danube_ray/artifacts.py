@@ -122,6 +122,17 @@ def complete_once(folder: Path, inputs: Any, make: Callable[[Path], dict[str, An
     return True
 
 
+def require_space(folder: Path, needed_bytes: int, purpose: str) -> None:
+    """Raise `ArtifactError` unless the disk that `folder` is (or will be) on has `needed_bytes` free."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < needed_bytes:
+        raise ArtifactError(
+            f"the disk of {folder} has {free_bytes / 2**30:.1f} GiB free, "
+            f"{purpose} takes {needed_bytes / 2**30:.1f} GiB: make room, or choose a folder on another disk"
+        )
+
+
 def append_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Append rows to a JSON-lines file, one write for all of them."""
     with path.open("a") as file:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +13,7 @@ from danube_ray.cli import PRESET_VERBS, VERBS, main
 from danube_ray.cli.training import Unprefixed
 from danube_ray.config import RunConfig
 from danube_ray.presets import PRESETS
+from tests.benchmarks.nano import write_noise
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -22,6 +25,16 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
         status = int(stop.code or 0)
     captured = capsys.readouterr()
     return status, captured.out, captured.err
+
+
+def plain(text: str) -> str:
+    """What was said, whatever the width and the boxes it was said in."""
+    return " ".join(text.replace("│", " ").split())
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory) -> Path:
+    return write_noise(tmp_path_factory.mktemp("tokens") / "tokens", tokens_per_source=20_000)
 
 
 def test_help_names_every_verb_without_loading_what_verbs_need():
@@ -65,6 +78,29 @@ def test_any_field_of_a_preset_can_be_overridden(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--stages.0.shares", "crawl=1"], "source 'crawl' of stage 'broad'"),
+        (["--model.vocab-size", "4096"], "the model's 4096"),
+        (["--max-epochs", "0.5"], "give it more text, lower its share"),
+        (["--global-batch-tokens", "5000"], "a divisor of global_batch_tokens=5000"),
+    ],
+)
+def test_a_run_that_its_data_cannot_feed_is_refused_before_anything_starts(capsys, tokens, tmp_path, options, said):
+    where = ["--tokens-dir", str(tokens), "--output-dir", str(tmp_path)]
+    status, out, err = run(capsys, "pretrain", "nano", *where, *options)
+    assert status == 2 and said in plain(out + err)
+    assert not list(tmp_path.rglob("checkpoints"))
+
+
+def test_a_full_disk_is_one_error_before_anything_starts(capsys, tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2**20))
+    options = ["--tokens-dir", str(tokens), "--output-dir", str(tmp_path), "--max-epochs", "100"]
+    status, out, err = run(capsys, "pretrain", "nano", *options)
+    assert status == 2 and "make room, or choose a folder on another disk" in plain(out + err)
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["pretrian"], "verb is 'pretrian', allowed is one of demo, presets"),
@@ -90,5 +126,5 @@ def test_any_field_of_a_preset_can_be_overridden(monkeypatch):
 )
 def test_a_mistake_is_one_error_that_names_it(capsys, arguments, said):
     status, out, err = run(capsys, *arguments)
-    told = " ".join((out + err).replace("│", " ").split())
+    told = plain(out + err)
     assert status == 2 and said in told and "Traceback" not in told

@@ -117,6 +117,6 @@ def main(argv: list[str] | None = None) -> None:
         require(name in VERBS, "verb", name, f"one of {', '.join(VERBS)}")
         with registry:
             run_verb(name, arguments)
-    except (ConfigError, ArtifactError) as error:
+    except (ConfigError, ArtifactError, OSError) as error:  # a full disk or a locked folder says its name itself
         Console(stderr=True).print(f"[bold red]danube {name}:[/bold red] {error}", highlight=False, soft_wrap=True)
         raise SystemExit(USAGE_ERROR) from None

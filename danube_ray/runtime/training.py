@@ -13,9 +13,10 @@ import ray.train
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from danube_ray.artifacts import content_hash, finished, provenance, write_json
+from danube_ray.artifacts import content_hash, finished, provenance, require_space, write_json
 from danube_ray.config import DpoConfig, FinetuneConfig, LoopConfig, OptimizerConfig, RunConfig, require, to_dict
 from danube_ray.data.windows import MixtureReader
+from danube_ray.model.huggingface import load_config
 from danube_ray.posttrain.dpo import DpoTask
 from danube_ray.posttrain.sft import SftTask
 from danube_ray.runtime.session import session
@@ -28,6 +29,7 @@ from danube_ray.train.protocol import Batch, StepReader, Task
 
 MakeTask = Callable[[], Task]
 STREAM = "steps"
+CHECKPOINT_BYTES = 12  # a parameter: its float32 master weight and AdamW's two moments
 
 
 class RayContext:
@@ -84,6 +86,9 @@ def train(
     last = checkpoint_folder(folder / "checkpoints", task.reader.num_steps)
     if finished(folder, inputs):
         return last
+    trained = config.model.num_parameters if isinstance(config, RunConfig) else base_parameters(config)
+    kept = settings.keep_checkpoints + 1  # the next one is written before the oldest goes
+    require_space(folder, kept * CHECKPOINT_BYTES * trained, f"keeping {settings.keep_checkpoints} checkpoints")
     write_json(folder / "config.json", {**to_dict(config), "kind": task.name})
     write_json(folder / "provenance.json", provenance())
     with session(), (progress or Progress()).follow(folder, task.reader.num_steps, task.name):
@@ -91,6 +96,11 @@ def train(
         trainer(make_task, task.reader, folder, optimizer, settings).fit()
     commit_run(folder, inputs)
     return last
+
+
+def base_parameters(config: FinetuneConfig) -> int:
+    """How many parameters post-training may change: all of the base's, or adapters too small to count here."""
+    return 0 if config.lora else load_config(Path(config.base)).num_parameters
 
 
 def identity(config: RunConfig | FinetuneConfig) -> dict[str, Any]:
