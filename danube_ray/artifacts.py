@@ -122,6 +122,25 @@ def complete_once(folder: Path, inputs: Any, make: Callable[[Path], dict[str, An
     return True
 
 
+def work_folder(out: Path, doing: str, inputs: str) -> Path:
+    """The hidden folder beside `out` for work in progress from exactly these inputs (their hash).
+
+    A job killed and started again finds its work there; what other inputs left there is removed.
+    """
+    work = out.parent / f".{out.name}.{doing}-{inputs[:16]}"
+    for stale in out.parent.glob(f".{out.name}.{doing}-*"):
+        if stale != work:
+            shutil.rmtree(stale)
+    return work
+
+
+def require_replaceable(out: Path, mark: str) -> None:
+    """Raise `ArtifactError` unless `out` is new, empty, or an earlier result whose manifest carries the fact `mark`."""
+    ours = (out / MANIFEST).is_file() and mark in read_manifest(out)
+    if not (ours or not out.exists() or (out.is_dir() and not any(out.iterdir()))):
+        raise ArtifactError(f"{out} holds something else, which would be lost: choose another folder, or remove it")
+
+
 def require_space(folder: Path, needed_bytes: int, purpose: str) -> None:
     """Raise `ArtifactError` unless the disk that `folder` is (or will be) on has `needed_bytes` free."""
     existing = next(path for path in (folder, *folder.parents) if path.exists())

@@ -57,9 +57,15 @@ def test_presets_prints_parameters_and_stages(capsys):
 
 @pytest.mark.parametrize("verb", sorted(VERBS))
 def test_every_verb_explains_itself(capsys, verb):
-    preset = ["nano"] if verb in ("pretrain", "search") else []
+    preset = ["nano"] if verb in PRESET_VERBS else []
     status, out, _ = run(capsys, verb, *preset, "--help")
     assert status == 0 and (verb == "doctor" or "--" in out) and f"danube {verb}" in out
+
+
+def test_plan_prices_every_stage(capsys):
+    status, out, _ = run(capsys, "plan", "danube3_4b", "--optimizer-shards", "8")
+    assert status == 0 and "3,961,839,360 parameters on 8 x" in out
+    assert all(f"  {stage.name}: " in out for stage in PRESETS["danube3_4b"]().stages)
 
 
 def test_any_field_of_a_preset_can_be_overridden(monkeypatch):

@@ -19,7 +19,7 @@ from danube_ray.artifacts import ArtifactError
 from danube_ray.cli.console import Positional, console, print_report, registry
 from danube_ray.cli.data import curate, tokenize, tokenizer
 from danube_ray.cli.models import chat, evaluate, quantize, serve
-from danube_ray.cli.training import dpo, export, pretrain, search, sft
+from danube_ray.cli.training import dpo, export, plan, pretrain, search, sft
 from danube_ray.config import ConfigError, require
 from danube_ray.presets import PRESETS
 
@@ -69,13 +69,14 @@ def doctor() -> None:
 
 
 # Verbs that begin from a preset: its name first, then any field of it, then the verb's own options.
-PRESET_VERBS: dict[str, Callable[..., None]] = {"pretrain": pretrain, "search": search}
+PRESET_VERBS: dict[str, Callable[..., None]] = {"pretrain": pretrain, "search": search, "plan": plan}
 VERBS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "presets": presets,
     "curate": curate,
     "tokenizer": tokenizer,
     "tokenize": tokenize,
+    "plan": plan,
     "pretrain": pretrain,
     "search": search,
     "export": export,

@@ -27,6 +27,18 @@ def pretrain(run: Unprefixed[RunConfig]) -> None:
     print_report(Path(run.output_dir) / run.name)
 
 
+def plan(run: Unprefixed[RunConfig], optimizer_shards: int = 1) -> None:
+    """Estimate a run's memory, speed and days on H100s, stage by stage, before anything is launched.
+
+    Args:
+        run: the run, `--loop.num-workers` GPUs.
+        optimizer_shards: GPUs that share one copy of the optimizer's moments: 1 for DDP, all of them for ZeRO-1.
+    """
+    from danube_ray import planner
+
+    console.print(str(planner.plan(run, optimizer_shards=optimizer_shards)), highlight=False, soft_wrap=True)
+
+
 def search(
     run: Unprefixed[RunConfig], trials: int = 8, max_concurrent: int = 2, out: Path = Path("runs/search")
 ) -> None:
@@ -73,7 +85,7 @@ def dpo(config: Unprefixed[DpoConfig]) -> None:
 
 def finetune(config: Any, train: Callable[..., Path]) -> None:
     """Train, export beside the run, and say where everything lies."""
-    from danube_ray.posttrain.sft import export
+    from danube_ray.posttrain.finetune import export
     from danube_ray.train.progress import Progress
 
     checkpoint = train(config, Progress(console))

@@ -191,7 +191,7 @@ class Demo:
         )
 
     def sft(self) -> dict[str, Any]:
-        from danube_ray.posttrain.sft import export
+        from danube_ray.posttrain.finetune import export
         from danube_ray.runtime.training import sft
 
         self.start_ray()
@@ -215,7 +215,7 @@ class Demo:
         )
 
     def dpo(self) -> dict[str, Any]:
-        from danube_ray.posttrain.sft import export
+        from danube_ray.posttrain.finetune import export
         from danube_ray.runtime.training import dpo
 
         self.start_ray()

@@ -1,36 +1,40 @@
-"""Curate sources on Ray Data: one task a split, each leaving its own files; this file only spreads and adds up.
+"""Curate sources on Ray Data, one task a split: this file only spreads the splits and adds up what they counted.
 
-Ray Data carries the splits and nothing else. What a task has finished is known by the record it wrote last, so a run
-killed anywhere starts again, verifies what is there, does the rest, and leaves the bytes of a run that was not killed.
+A run killed anywhere and started again leaves the bytes of a run that was not killed.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray.data
 
-from danube_ray.artifacts import MANIFEST, ArtifactError, commit, content_hash, damage, finished, read_manifest
+from danube_ray.artifacts import (
+    ArtifactError,
+    commit,
+    content_hash,
+    damage,
+    finished,
+    read_manifest,
+    require_replaceable,
+    work_folder,
+)
 from danube_ray.config import require
 from danube_ray.curate.dedup import as_bytes, keepers
 from danube_ray.curate.extract import Part, Split, plan_splits
 from danube_ray.curate.heuristics import WEB_RULES, HeuristicRules
 from danube_ray.curate.splits import DUPLICATE, finish_split, judge_split, read_fingerprints
 from danube_ray.runtime.session import session
+from danube_ray.runtime.splits import Progress, run_splits
 
 # A part of every result's inputs: raise it when the rules, or what is written, change.
 VERSION = 1
-
-Progress = Callable[[int, int], None]
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -78,13 +82,12 @@ def curate(
         "rules": [[name, asdict(chosen)] for name, chosen in rules_by_source.items()],
         "max_document_bytes": max_document_bytes,
     }
-    work = out.parent / f".{out.name}.curating-{content_hash(inputs)[:16]}"
-    _remove_work(out, keep=work)
+    work = work_folder(out, "curating", content_hash(inputs))
     if not (finished(out, inputs) and damage(out) is None):
         settings = _Settings(rules_by_source, max_document_bytes, work)
         counts = _curate_splits(splits, settings, max_quarantine_share, on_progress)
         _publish(work / "final", out, inputs=content_hash(inputs), curation_version=VERSION, counts=counts)
-    _remove_work(out)
+    shutil.rmtree(work, ignore_errors=True)
     return read_manifest(out)["counts"]
 
 
@@ -92,55 +95,29 @@ def _curate_splits(
     splits: list[Split], settings: _Settings, max_quarantine_share: float, on_progress: Progress | None
 ) -> dict[str, dict[str, Any]]:
     """Both steps over all splits, with the choice among duplicates between them; counts by source."""
-    rows = [{"index": index, "split": json.dumps(asdict(split))} for index, split in enumerate(splits)]
-    report = on_progress or (lambda done, total: None)
+    report, total = on_progress or (lambda done, total: None), 2 * len(splits)
+    packed = [asdict(split) for split in splits]
     with session():
-        judge = partial(_run_step, step=_judge, settings=settings)
-        judged = _map_splits(judge, rows, lambda done: report(done, 2 * len(rows)))
+        judged = run_splits(partial(_judge, settings=settings), packed, lambda done: report(done, total))
         _check_quarantine(_sum_by_source(splits, judged), max_quarantine_share, settings.work)
-        for row, duplicates in zip(rows, _duplicates(splits, settings), strict=True):
-            row["duplicates"] = json.dumps(duplicates)
-        finish = partial(_run_step, step=_finish, settings=settings)
-        final = _map_splits(finish, rows, lambda done: report(len(rows) + done, 2 * len(rows)))
+        duplicates = zip(packed, _duplicates(splits, settings), strict=True)
+        final = run_splits(
+            partial(_finish, settings=settings), list(duplicates), lambda done: report(len(splits) + done, total)
+        )
     return _counts_by_source(splits, judged, final)
 
 
-def _map_splits(
-    run_step: Callable[[Row], Row], rows: list[Row], on_done: Callable[[int], None]
-) -> list[dict[str, Any]]:
-    """Run a step on every row, each as a Ray Data task of its own; the counts they return, in the rows' order."""
-    counts: list[dict[str, Any]] = [{}] * len(rows)
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(run_step)
-    for done, row in enumerate(dataset.iter_rows(), start=1):
-        outcome = json.loads(row["outcome"])
-        if "error" in outcome:
-            raise OSError(*outcome["error"])
-        counts[row["index"]] = outcome["counts"]
-        on_done(done)
-    return counts
-
-
-def _run_step(row: Row, step: Callable[[Row, _Settings], dict[str, Any]], settings: _Settings) -> Row:
-    """One task. A disk that is full or gone comes back as a value: Ray would rewrite the exception's words."""
-    try:
-        outcome = {"counts": step(row, settings)}
-    except OSError as error:
-        outcome = {"error": [error.errno, error.strerror, error.filename]}
-    return {"index": row["index"], "outcome": json.dumps(outcome, default=str)}
-
-
-def _judge(row: Row, settings: _Settings) -> dict[str, Any]:
-    split = _unpacked(row["split"])
+def _judge(packed: dict[str, Any], settings: _Settings) -> dict[str, Any]:
+    split = _unpacked(packed)
     return judge_split(split, settings.rules[split.source], settings.max_document_bytes, settings.work)
 
 
-def _finish(row: Row, settings: _Settings) -> dict[str, Any]:
-    duplicates = {int(index): kept_id for index, kept_id in json.loads(row["duplicates"]).items()}
-    return finish_split(_unpacked(row["split"]), duplicates, settings.work)
+def _finish(packed: tuple[dict[str, Any], dict[str, str]], settings: _Settings) -> dict[str, Any]:
+    split, duplicates = packed
+    return finish_split(_unpacked(split), {int(row): kept_id for row, kept_id in duplicates.items()}, settings.work)
 
 
-def _unpacked(split: str) -> Split:
-    fields = json.loads(split)
+def _unpacked(fields: dict[str, Any]) -> Split:
     return Split(fields["source"], fields["root"], tuple(Part(**part) for part in fields["parts"]))
 
 
@@ -211,23 +188,9 @@ def _publish(final: Path, out: Path, **facts: Any) -> None:
     final.replace(out)
 
 
-def _remove_work(out: Path, keep: Path | None = None) -> None:
-    """Remove the hidden folders beside `out` where curations of it worked, but for the one from the same inputs."""
-    for work in out.parent.glob(f".{out.name}.curating-*"):
-        if work != keep:
-            shutil.rmtree(work)
-
-
 def _check_place(out: Path, sources: Mapping[str, Path]) -> None:
     """Refuse an `out` whose replacement would remove something else, or that would be read as a source next time."""
     for source, path in sources.items():
         apart = not out.is_relative_to(path.resolve()) and not path.resolve().is_relative_to(out)
         require(apart, "out", str(out), f"a folder apart from source {source!r} in {path}")
-    ours = (out / MANIFEST).is_file() and "curation_version" in read_manifest(out)
-    require(
-        ours or not out.exists() or (out.is_dir() and not any(out.iterdir())),
-        "out",
-        str(out),
-        "a new or empty folder, or one that an earlier curation wrote",
-        "choose another folder, or remove this one",
-    )
+    require_replaceable(out, "curation_version")

@@ -34,6 +34,8 @@ DEFAULT_HOST = "127.0.0.1"  # this machine only, unless somebody says otherwise
 DEFAULT_PORT = 8000
 DRAIN_S = 30.0  # how long a replica that must go may finish its answers
 DRAIN_POLL_S = 0.1  # and how often it looks whether it has
+LOOK_BACK_S, MEASURE_S = 2.0, 1.0  # load is judged by its mean over this, measured so often
+HEALTH_CHECK_S = 1.0  # a dead engine is replaced when the next check finds it so; Serve's default is 10
 IDLE_S = 120.0  # without requests for so long, a replica above the minimum goes
 
 
@@ -112,11 +114,14 @@ def application(
             max_queued_requests=model.max_queued,
             graceful_shutdown_timeout_s=DRAIN_S,
             graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
+            health_check_period_s=HEALTH_CHECK_S,
             autoscaling_config=AutoscalingConfig(
                 min_replicas=model.min_replicas,
                 max_replicas=model.max_replicas,
                 target_ongoing_requests=model.num_slots,
-                upscale_delay_s=1.0,
+                upscale_delay_s=0.5,
+                look_back_period_s=LOOK_BACK_S,
+                metrics_interval_s=MEASURE_S,
                 downscale_delay_s=IDLE_S,
             ),
         )(EngineReplica)
@@ -129,6 +134,17 @@ def application(
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
     )(Gate)
     return gate.bind(entries, settings, engines)
+
+
+def build(args: dict[str, Any]) -> ray_serve.Application:
+    """The application of a Serve configuration file: `args["models"]` holds the fields of a `ServedModel` by name."""
+    models = {
+        name: ServedModel(
+            **{**fields, "gguf": Path(fields["gguf"]), "tokenizer_folder": Path(fields["tokenizer_folder"])}
+        )
+        for name, fields in args["models"].items()
+    }
+    return application(models, check(models), GateSettings())
 
 
 @contextmanager
@@ -150,8 +166,7 @@ def serving(
         try:
             yield f"http://{host}:{port}"
         finally:
-            others = ray_serve.status().applications.keys() - {APPLICATION}
-            ray_serve.delete(APPLICATION) if others else ray_serve.shutdown()
+            ray_serve.delete(APPLICATION)  # after its answers have ended; Serve itself goes with the cluster
 
 
 def serve(
@@ -199,6 +214,9 @@ def deploy(
     elastic = "RAY_ADDRESS" in os.environ  # a cluster of somebody's may grow on demand; ours can't, and would wait
     require(elastic or wanted <= cpus, "num_threads", wanted, f"at most {cpus} over all engines", "give each fewer")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    running = ray_serve.status()
+    if running.proxies and not running.applications:
+        ray_serve.shutdown()  # one that stayed from before would keep its own port
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     # Serve's own time-out would cut long answers in the middle; the gate has a deadline instead.
     http = HTTPOptions(host=host, port=port, request_timeout_s=None)

@@ -1,23 +1,26 @@
 """Tokenize curated documents on Ray Data: one task a split, each leaving its own shards; this file only spreads them.
 
-What a task has finished is known by the record it wrote last. A run killed anywhere starts again, verifies what is
-there, does the rest, and leaves the bytes of a run that was not killed.
+A run killed anywhere and started again leaves the bytes of a run that was not killed.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import ray.data
-import ray.exceptions
-
-from danube_ray.artifacts import MANIFEST, ArtifactError, content_hash, damage, file_hash, finished, read_manifest
-from danube_ray.config import require
+from danube_ray.artifacts import (
+    MANIFEST,
+    ArtifactError,
+    content_hash,
+    damage,
+    file_hash,
+    finished,
+    read_manifest,
+    require_replaceable,
+    work_folder,
+)
 from danube_ray.data.documents import (
     DocumentSplit,
     commit_splits,
@@ -28,12 +31,10 @@ from danube_ray.data.documents import (
 )
 from danube_ray.data.shards import Shard, open_sources, open_validation
 from danube_ray.data.tokenizer import Tokenizer, train_tokenizer
-from danube_ray.runtime.session import session
+from danube_ray.runtime.splits import Progress, run_splits
 
 VERSION = 1  # part of every result's inputs: raise it when the same documents would give other shards
 TOKENIZER_SAMPLE_BYTES = 8 * 2**20
-
-Progress = Callable[[int, int], None]
 
 
 def train_tokenizer_on(
@@ -61,10 +62,10 @@ def tokenize(
         "tokenizer": tokenizer.sha256,
         "validation_bounds": bounds,
     }
-    _check_place(out)
+    require_replaceable(out, "tokens_version")
     if finished(out, inputs) and _sound(out):
         return read_manifest(out)
-    work = _work_folder(out, content_hash(inputs))
+    work = work_folder(out, "tokenizing", content_hash(inputs))
     if finished(out, inputs):  # damaged: what is sound of it counts as done
         shutil.rmtree(work, ignore_errors=True)
         out.rename(work)
@@ -81,27 +82,14 @@ def _tokenize_splits(
 ) -> list[dict[str, Shard]]:
     """Tokenize every split, each as a Ray Data task of its own; their shards by store, in the splits' order."""
 
-    def step(row: dict[str, Any]) -> dict[str, Any]:
-        split = DocumentSplit(row["source"], row["index"], Path(row["path"]))
+    def step(packed: dict[str, Any]) -> dict[str, Any]:
+        split = DocumentSplit(packed["source"], packed["index"], Path(packed["path"]))
         shards = tokenize_split(split, tokenizer, bounds[split.source], work)
-        named = {store: asdict(shard) for store, shard in shards.items()}
-        return {"number": row["number"], "shards": json.dumps(named)}
+        return {store: asdict(shard) for store, shard in shards.items()}
 
-    shards: list[dict[str, Shard]] = [{}] * len(splits)
-    rows = [
-        {"number": number, "source": split.source, "index": split.index, "path": str(split.path)}
-        for number, split in enumerate(splits)
-    ]
-    with session():
-        dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(step)
-        try:
-            for done, row in enumerate(dataset.iter_rows(), start=1):
-                named = json.loads(row["shards"])
-                shards[row["number"]] = {store: Shard(**facts) for store, facts in named.items()}
-                on_progress(done, len(splits))
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None  # a full disk is said in its own words, not in Ray's
-    return shards
+    packed = [{"source": split.source, "index": split.index, "path": str(split.path)} for split in splits]
+    shards = run_splits(step, packed, lambda done: on_progress(done, len(splits)))
+    return [{store: Shard(**facts) for store, facts in named.items()} for named in shards]
 
 
 def _sound(out: Path) -> bool:
@@ -112,20 +100,3 @@ def _sound(out: Path) -> bool:
     except (ArtifactError, OSError):
         return False
     return damage(out) is None
-
-
-def _work_folder(out: Path, inputs: str) -> Path:
-    """The hidden folder beside `out` for work from exactly these inputs; what earlier inputs left there is removed."""
-    work = out.parent / f".{out.name}.tokenizing-{inputs[:16]}"
-    for stale in out.parent.glob(f".{out.name}.tokenizing-*"):
-        if stale != work:
-            shutil.rmtree(stale)
-    return work
-
-
-def _check_place(out: Path) -> None:
-    """Refuse an `out` whose replacement would remove something that no tokenization wrote."""
-    ours = (out / MANIFEST).is_file() and "tokens_version" in read_manifest(out)
-    allowed = "a new or empty folder, or one that an earlier tokenization wrote"
-    free = ours or not out.exists() or (out.is_dir() and not any(out.iterdir()))
-    require(free, "out", str(out), allowed, "choose another folder, or remove this one")

@@ -16,8 +16,9 @@ from danube_ray.artifacts import read_json_lines
 from danube_ray.config import ConfigError, DpoConfig, FinetuneConfig, LoopConfig, LoraConfig, OptimizerConfig
 from danube_ray.model.huggingface import load_model
 from danube_ray.posttrain.dpo import DpoTask
+from danube_ray.posttrain.finetune import export
 from danube_ray.posttrain.lora import add_adapters, merge
-from danube_ray.posttrain.sft import SftTask, export
+from danube_ray.posttrain.sft import SftTask
 from danube_ray.train.checkpoint import trainable_state
 from danube_ray.train.context import LocalContext
 from danube_ray.train.loop import fit

@@ -171,10 +171,10 @@ def test_a_wrong_setting_is_refused_before_any_work(web, tmp_path, monkeypatch):
         (({"a/b": web}, tmp_path / "out"), "source"),
         (({"web": web}, web / "out"), "apart from source 'web'"),
         (({"web": web}, web.parent), "apart from source 'web'"),
-        (({"web": web}, full), "a new or empty folder"),
-        (({"web": web}, full / "mine.jsonl"), "a new or empty folder"),
+        (({"web": web}, full), "holds something else, which would be lost"),
+        (({"web": web}, full / "mine.jsonl"), "holds something else, which would be lost"),
     ):
-        with pytest.raises(ConfigError, match=words):
+        with pytest.raises((ConfigError, ArtifactError), match=words):
             curate(*arguments)
     for settings in ({"max_quarantine_share": 2}, {"split_bytes": 0}, {"max_document_bytes": 0}, {"rules": {}}):
         with pytest.raises(ConfigError, match=next(iter(settings))):

@@ -16,13 +16,14 @@ import openai
 import pytest
 
 from danube_ray.config import ConfigError
+from danube_ray.inference.http import chat
 from danube_ray.runtime.serving import serving
-from danube_ray.serve.client import ask
 from danube_ray.serve.models import ServedModel
 from tests.serve.browser import headless_chromium
 from tests.serve.tiny import tiny_served_model
 
-HELLO = [{"role": "user", "content": "Which river is longer?"}]
+QUESTION = "Which river is longer?"
+HELLO = [{"role": "user", "content": QUESTION}]
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def test_the_official_client_chats(app: Live, served: ServedModel):
         model="tiny", messages=HELLO, max_tokens=200, temperature=0, stream=True, stream_options={"include_usage": True}
     )
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-    assert text == whole.choices[0].message.content == ask(app.url, "tiny", HELLO, max_tokens=200, temperature=0)
+    assert text == whole.choices[0].message.content == chat(app.url, "tiny", QUESTION, max_tokens=200)
     assert len(chunks) > 1 and chunks[-1].choices[0].finish_reason == "length"
     assert whole.usage and last.usage and whole.usage.completion_tokens == last.usage.completion_tokens == 200
 
@@ -78,7 +79,7 @@ def test_more_requests_than_places_are_told_so(app: Live):
     holds = app.client.chat.completions.create(model=app.doomed, messages=HELLO, max_tokens=60_000, stream=True)
     next(iter(holds))
     with ThreadPoolExecutor(3) as threads:
-        others = [threads.submit(ask, app.url, app.doomed, HELLO, max_tokens=4) for _ in range(3)]
+        others = [threads.submit(chat, app.url, app.doomed, QUESTION, max_tokens=4) for _ in range(3)]
         sent_away = list(islice(as_completed(others), 2))
         holds.close()
     assert all("queue is full" in str(other.exception()) for other in sent_away)
@@ -92,7 +93,7 @@ def test_leaving_a_stream_frees_its_slot(app: Live):
         stream = app.client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=60_000, stream=True)
         next(iter(stream))
         stream.close()
-    assert ask(app.url, "tiny", HELLO, max_tokens=4)
+    assert chat(app.url, "tiny", QUESTION, max_tokens=4)
 
 
 @pytest.mark.ray
@@ -105,14 +106,16 @@ def test_a_killed_engine_ends_its_stream_in_an_error_event(app: Live):
         list(stream)
     assert caught.value.code == "engine_unavailable"
     assert list(beside)[-1].choices[0].finish_reason == "length", "other models never noticed"
-    assert ask(app.url, app.doomed, HELLO, max_tokens=4), "Serve started another replica, and the request waited for it"
+    assert chat(app.url, app.doomed, QUESTION, max_tokens=4), (
+        "Serve started another replica, and the request waited for it"
+    )
 
 
 @pytest.mark.ray
 def test_a_browser_sends_a_message_and_reads_the_streamed_answer(app: Live):
     with headless_chromium() as page:
         page.open(app.url)
-        page.send("Which river is longer?")
+        page.send(QUESTION)
         first = page.wait(lambda: any(page.text(".turn.model .body")) and page.text(".turn.model .body")[0])
         page.wait(lambda: len(page.text(".turn.model .body")[0]) > len(first))  # it grows as it comes
         page.one("#send").click()

@@ -91,6 +91,6 @@ def test_what_cannot_be_tokenized_fails_before_any_work(documents: Path, tokeniz
         tokenize(documents, tmp_path / "absent", tmp_path / "tokens")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(ConfigError, match="out is .*mine.*allowed is a new or empty folder"):
+    with pytest.raises(ArtifactError, match="mine holds something else, which would be lost"):
         tokenize(documents, folder, tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").exists()

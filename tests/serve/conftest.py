@@ -1,0 +1,88 @@
+"""One tiny model, its engine and a live gate over it (no Ray), for every test of this room."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field, replace
+
+import openai
+import pytest
+import uvicorn
+from fastapi import FastAPI
+
+from danube_ray.serve.engines import Delta, Engine, LlamaCppEngine, Sampling
+from danube_ray.serve.gate import GateSettings, ModelEntry, create_app
+from danube_ray.serve.models import ServedModel
+from tests.serve.tiny import tiny_served_model
+
+
+@dataclass
+class RecordingEngine:
+    """The real engine, with a memory of what it was asked, and word of answers begun and ended."""
+
+    engine: Engine
+    prompts: list[list[int]] = field(default_factory=list)
+    begun: threading.Event = field(default_factory=threading.Event)
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    async def generate(self, prompt: Sequence[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
+        self.prompts.append(list(prompt))
+        self.begun.set()
+        try:
+            async with aclosing(self.engine.generate(prompt, sampling)) as deltas:
+                async for delta in deltas:
+                    yield delta
+        finally:
+            self.ended.set()
+
+
+@contextmanager
+def live(app: FastAPI) -> Iterator[str]:
+    """The app behind uvicorn on a free port of this machine; gives its URL."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
+    return tiny_served_model(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="session")
+def entry(served: ServedModel) -> ModelEntry:
+    return served.entry()
+
+
+@pytest.fixture(scope="session")
+def engine(served: ServedModel, entry: ModelEntry) -> Iterator[LlamaCppEngine]:
+    engine = LlamaCppEngine(served.gguf, entry.context_tokens, served.num_slots, served.num_threads)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="session")
+def recorder(engine: LlamaCppEngine) -> RecordingEngine:
+    return RecordingEngine(engine)
+
+
+@pytest.fixture(scope="session")
+def url(entry: ModelEntry, recorder: RecordingEngine) -> Iterator[str]:
+    """A live gate with the model `tiny`, and `short`: the same with room for 64 tokens."""
+    models = {"tiny": entry, "short": replace(entry, context_tokens=64)}
+    with live(create_app(models, lambda _: recorder, GateSettings(max_body_bytes=2**18))) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
