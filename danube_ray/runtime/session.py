@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import ray
 import ray.data
+import ray.util
 
 OBJECT_STORE_BYTES = 256 * 2**20
 
 
 @contextmanager
-def session(num_cpus: int | None = None, **init: Any) -> Iterator[None]:
+def session(num_cpus: int | None = None) -> Iterator[None]:
     """Join the cluster named by `RAY_ADDRESS` (a submitted job, a hand-started head), or start a local one.
 
     A local cluster lives as long as the block, counts `num_cpus` logical CPUs (default: the machine's, at least 4, so
@@ -25,21 +26,36 @@ def session(num_cpus: int | None = None, **init: Any) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = os.environ.get("RAY_ADDRESS")
     quiet = {"logging_level": logging.ERROR, "log_to_driver": os.environ.get("DANUBE_WORKER_LOGS", "") == "1"}
-    if address:
-        ray.init(address=address, **{**quiet, **init})
+    if address := os.environ.get("RAY_ADDRESS"):
+        ray.init(address=address, **quiet)
+        local = {}
     else:
-        local = {
-            "address": "local",
-            "num_cpus": num_cpus or max(4, len(os.sched_getaffinity(0))),
-            "object_store_memory": OBJECT_STORE_BYTES,
-            "include_dashboard": False,
-        }
-        ray.init(**{**quiet, **local, **init})
+        local = own_address()
+        os.environ.update(local)
+        ray.init(
+            address="local",
+            num_cpus=num_cpus or max(4, len(os.sched_getaffinity(0))),
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=True,  # Ray Train asks its State API at the end of each run, and waits 12 s without
+            **quiet,
+        )
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells of every plan and dataset otherwise
     try:
         yield
     finally:
         ray.shutdown()
+        for name in local:
+            os.environ.pop(name, None)
+
+
+def own_address() -> dict[str, str]:
+    """Variables that give a local cluster a port of its own, and tell its processes of it.
+
+    Without `RAY_ADDRESS` they would look for "the" Ray of this machine, and find one that has ended, or another's.
+    """
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    return {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}"}

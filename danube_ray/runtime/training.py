@@ -17,8 +17,6 @@ from danube_ray.artifacts import content_hash, finished, provenance, require_spa
 from danube_ray.config import DpoConfig, FinetuneConfig, LoopConfig, OptimizerConfig, RunConfig, require, to_dict
 from danube_ray.data.windows import MixtureReader
 from danube_ray.model.huggingface import load_config
-from danube_ray.posttrain.dpo import DpoTask
-from danube_ray.posttrain.sft import SftTask
 from danube_ray.runtime.session import session
 from danube_ray.runtime.streaming import RankStreams, read_stream, stream_factory
 from danube_ray.train.checkpoint import checkpoint_folder, newest_verified, step_of
@@ -60,11 +58,15 @@ def pretrain(run: RunConfig, progress: Progress | None = None) -> Path:
 
 def sft(config: FinetuneConfig, progress: Progress | None = None) -> Path:
     """Supervised fine-tuning on conversations; the last checkpoint's folder."""
+    from danube_ray.posttrain.sft import SftTask  # PEFT takes seconds to import, which pretraining's workers need not
+
     return train(lambda: SftTask(config), config, config.optimizer, config.loop, progress)
 
 
 def dpo(config: DpoConfig, progress: Progress | None = None) -> Path:
     """Direct preference optimisation on pairs; the last checkpoint's folder."""
+    from danube_ray.posttrain.dpo import DpoTask
+
     return train(lambda: DpoTask(config), config, config.optimizer, config.loop, progress)
 
 

@@ -33,10 +33,10 @@ def tokens(tmp_path_factory) -> Path:
 
 
 def long_run(tokens: Path, output: Path, name: str, num_workers: int) -> RunConfig:
-    """Two stages of 100 steps, a checkpoint every 30: none falls on the stage's end."""
+    """Two stages of 60 steps, a checkpoint every 25: none falls on the stage's end."""
     run = small_run(tokens, output, name, num_workers)
-    stages = tuple(dataclasses.replace(stage, tokens=100 * run.global_batch_tokens) for stage in run.stages)
-    loop = dataclasses.replace(run.loop, checkpoint_every_steps=30, validate_every_steps=100)
+    stages = tuple(dataclasses.replace(stage, tokens=60 * run.global_batch_tokens) for stage in run.stages)
+    loop = dataclasses.replace(run.loop, checkpoint_every_steps=25, validate_every_steps=100)
     return dataclasses.replace(run, stages=stages, loop=loop, max_epochs=50.0)
 
 
@@ -50,7 +50,7 @@ def kill_a_worker_in_the_middle(run: RunConfig) -> int:
     """SIGKILL one training worker once a checkpoint is committed in the first stage; the pid."""
     checkpoints = Path(run.output_dir) / run.name / "checkpoints"
     tick = threading.Event()
-    while not any((checkpoints / f"step-{step:08d}" / "manifest.json").is_file() for step in (30, 60)):
+    while not any((checkpoints / f"step-{step:08d}" / "manifest.json").is_file() for step in (25, 50)):
         tick.wait(0.01)
     workers = [
         process
@@ -76,7 +76,7 @@ def test_a_killed_worker_changes_no_bit(whole, tokens, tmp_path):
         pid = kill_a_worker_in_the_middle(run)
         killed = load_file(training.result() / MODEL)
     assert not psutil.pid_exists(pid)
-    expected = load_file(Path(whole.output_dir) / whole.name / "checkpoints" / "step-00000200" / MODEL)
+    expected = load_file(Path(whole.output_dir) / whole.name / "checkpoints" / "step-00000120" / MODEL)
     assert all(torch.equal(killed[name], weight) for name, weight in expected.items())
     assert losses(run) == losses(whole)
 
@@ -88,13 +88,13 @@ def test_two_workers_train_what_one_process_does_and_go_on_where_it_stopped(whol
     class Stops(LocalContext):
         def batches(self, reader, start_step):
             for step, batch in super().batches(reader, start_step):
-                if step == 95:
+                if step == 58:
                     raise InterruptedError
                 yield step, batch
 
     with pytest.raises(InterruptedError):
         fit(PretrainTask(run), tmp_path / "resized", run.loop, run.optimizer, Stops())
-    assert checkpoint_steps(tmp_path / "resized" / "checkpoints")[-1] == 90
+    assert checkpoint_steps(tmp_path / "resized" / "checkpoints")[-1] == 50
     pretrain(run)
     assert losses(run) == pytest.approx(losses(whole), abs=1e-3)
 
@@ -102,7 +102,7 @@ def test_two_workers_train_what_one_process_does_and_go_on_where_it_stopped(whol
 def test_a_finished_run_returns_at_once_and_says_what_made_it(whole):
     folder = Path(whole.output_dir) / whole.name
     before = (folder / METRICS).read_bytes()
-    assert pretrain(whole).name == "step-00000200"
+    assert pretrain(whole).name == "step-00000120"
     assert (folder / METRICS).read_bytes() == before
     assert read_json(folder / "config.json")["stages"][1]["sequence_length"] == 64
     assert read_json(folder / "provenance.json")["versions"]["torch"] == torch.__version__
