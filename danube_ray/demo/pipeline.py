@@ -319,8 +319,8 @@ class Demo:
         table = Table("step", "what came out", "seconds", f"in {shorten(self.root)}", title="What the demo did")
         for record in self.steps.done:
             facts = "\n".join(f"{name}: {value}" for name, value in record.facts.items())
-            table.add_row(record.title, facts, f"{record.seconds:.0f}", record.name, end_section=True)
-        table.add_row("[bold]in all", "", f"[bold]{sum(record.seconds for record in self.steps.done):.0f}", "")
+            table.add_row(record.title, facts, f"{record.seconds or 0:.0f}", record.name, end_section=True)
+        table.add_row("[bold]in all", "", f"[bold]{sum(record.seconds or 0 for record in self.steps.done):.0f}", "")
         return table
 
     def say_what_next(self, report: Path) -> None:

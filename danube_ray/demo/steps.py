@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,16 @@ STEPS = "steps.json"
 
 @dataclass
 class StepRecord:
-    """What one step did: how long it took when it last ran, what came out, and from which inputs."""
+    """What one step did: how long it took when it last ran, what came out, and from which inputs.
+
+    `seconds` is None while it runs, and stays so when it is cut off.
+    """
 
     name: str
     title: str
     path: str
     inputs: str
-    seconds: float = 0.0
+    seconds: float | None = None
     skipped: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -38,30 +42,47 @@ class Steps:
         self.done: list[StepRecord] = []
 
     def run(self, name: str, title: str, settings: Any, make: Callable[[], dict[str, Any]]) -> StepRecord:
-        """Run `make`, which fills `root/name` and returns facts to show, unless it ran with the same inputs before.
+        """Run `make`, which fills `root/name` and returns facts to show, unless it did so with the same inputs before.
 
-        `make` may find half of its work done, and goes on from there: finished steps are recorded, torn ones resume.
+        What other inputs left there is removed. What the same inputs left when they were cut off stays: `make` goes on
+        from it.
         """
         place = self.root / name
         inputs = content_hash([settings, self.done[-1].inputs if self.done else ""])
         earlier = self.before.get(name)
-        if earlier and earlier.inputs == inputs and place.exists():
-            record = earlier
-            record.skipped = True
+        if earlier is None or earlier.inputs != inputs:
+            remove(place)
+            earlier = None
+        if earlier is not None and earlier.seconds is not None and place.exists():
+            record = replace(earlier, skipped=True)
         else:
+            record = StepRecord(name, title, str(place), inputs)
+            self.record(record)
             self.console.print(f"[bold cyan]{title}[/bold cyan]")
             began = time.perf_counter()
-            facts = make()
-            record = StepRecord(name, title, str(place), inputs, round(time.perf_counter() - began, 1), False, facts)
+            record.facts = make()
+            record.seconds = round(time.perf_counter() - began, 1)
+        self.record(record)
         self.done.append(record)
         self.console.print(f"  [green]✓[/green] {title}: {described(record)}", highlight=False)
-        later = [row for name, row in self.before.items() if name not in {step.name for step in self.done}]
-        write_json(self.file, [asdict(row) for row in [*self.done, *later]])
         return record
+
+    def record(self, record: StepRecord) -> None:
+        """Write `record` in its place among those of this run and of the one before."""
+        self.before[record.name] = record
+        write_json(self.file, [asdict(row) for row in self.before.values()])
+
+
+def remove(place: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if place.is_dir():
+        shutil.rmtree(place)
+    else:
+        place.unlink(missing_ok=True)
 
 
 def described(record: StepRecord) -> str:
     """A step in one line: its facts, then its time or that it was skipped."""
     facts = ", ".join(f"{name} {value}" for name, value in record.facts.items())
-    took = "done before" if record.skipped else f"{record.seconds:.0f} s"
+    took = "done before" if record.skipped else f"{record.seconds or 0:.0f} s"
     return f"{facts} ({took})" if facts else took

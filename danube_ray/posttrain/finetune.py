@@ -11,6 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
+from danube_ray.artifacts import MANIFEST, content_hash, file_hash
 from danube_ray.config import FinetuneConfig
 from danube_ray.data.conversations import ConversationReader, PairReader
 from danube_ray.model.huggingface import load_config, load_model
@@ -41,7 +42,7 @@ class FinetuneTask:
             max_length=min(config.max_length or context_length, context_length),
             seed=config.loop.seed,
         )
-        self.data_hash = self.reader.hash
+        self.data_hash = content_hash([self.reader.hash, weights_hashes(Path(config.base))])
 
     def build_model(self) -> nn.Module:
         return build_model(self.config)
@@ -54,6 +55,11 @@ class FinetuneTask:
 
     def validation(self, step: int) -> Mapping[str, StepReader]:
         return {}
+
+
+def weights_hashes(base: Path) -> dict[str, str]:
+    """SHA-256 of each file of a Hugging Face folder that says what the model is."""
+    return {path.name: file_hash(path) for path in sorted([base / "config.json", *base.glob("*.safetensors")])}
 
 
 def build_model(config: FinetuneConfig) -> nn.Module:
@@ -69,5 +75,6 @@ def export(checkpoint: Path, config: FinetuneConfig, out: Path, dtype: torch.dty
     if isinstance(model, PeftModel):
         state = merge(model, state)
     base = Path(config.base)
-    inputs = {"checkpoint": str(checkpoint), "config": config, "dtype": str(dtype)}
+    # The checkpoint's manifest covers its state, and that the hash of the data and the base.
+    inputs = {"checkpoint": file_hash(checkpoint / MANIFEST), "lora": config.lora, "dtype": str(dtype)}
     return export_state(state, load_config(base), base, out, inputs, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
 from collections.abc import Callable, Iterator
@@ -13,13 +14,21 @@ import ray.train
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from danube_ray.artifacts import content_hash, finished, provenance, require_space, write_json
+from danube_ray.artifacts import (
+    ArtifactError,
+    content_hash,
+    finished,
+    provenance,
+    read_json,
+    require_space,
+    write_json,
+)
 from danube_ray.config import DpoConfig, FinetuneConfig, LoopConfig, OptimizerConfig, RunConfig, require, to_dict
 from danube_ray.data.windows import MixtureReader
 from danube_ray.model.huggingface import load_config
 from danube_ray.runtime.session import session
 from danube_ray.runtime.streaming import RankStreams, read_stream, stream_factory
-from danube_ray.train.checkpoint import checkpoint_folder, newest_verified, step_of
+from danube_ray.train.checkpoint import STATE, checkpoint_folder, newest_verified, step_of
 from danube_ray.train.loop import fit
 from danube_ray.train.pretrain import PretrainTask
 from danube_ray.train.progress import Progress
@@ -27,6 +36,7 @@ from danube_ray.train.protocol import Batch, StepReader, Task
 
 MakeTask = Callable[[], Task]
 STREAM = "steps"
+PLACES = ("name", "output_dir", "tokens_dir", "base", "data", "kind")
 CHECKPOINT_BYTES = 12  # a parameter: its float32 master weight and AdamW's two moments
 
 
@@ -84,10 +94,12 @@ def train(
     """
     folder = (Path(config.output_dir) / config.name).resolve()
     task = make_task()  # reads the data's manifests: whatever is wrong with them is said before a worker starts
-    inputs = {"config": identity(config), "data": task.data_hash}
+    decisive = identity(to_dict(config))
+    inputs = {"config": decisive, "data": task.data_hash}
     last = checkpoint_folder(folder / "checkpoints", task.reader.num_steps)
     if finished(folder, inputs):
         return last
+    require_same_run(folder, decisive, task.data_hash)
     trained = config.model.num_parameters if isinstance(config, RunConfig) else base_parameters(config)
     kept = settings.keep_checkpoints + 1  # the next one is written before the oldest goes
     require_space(folder, kept * CHECKPOINT_BYTES * trained, f"keeping {settings.keep_checkpoints} checkpoints")
@@ -105,13 +117,29 @@ def base_parameters(config: FinetuneConfig) -> int:
     return 0 if config.lora else load_config(Path(config.base)).num_parameters
 
 
-def identity(config: RunConfig | FinetuneConfig) -> dict[str, Any]:
-    """The settings that decide what a run produces, without those that only say where and how often."""
-    settings = to_dict(config)
-    for name in ("output_dir", "name"):
-        settings.pop(name)
-    settings["loop"] = {name: settings["loop"][name] for name in ("precision", "seed")}
-    return settings
+def identity(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide what a run produces, without those that only say where and how often.
+
+    Data, and a base to start from, are known by their content (`Task.data_hash`), not by where they lie.
+    """
+    decisive = {name: value for name, value in settings.items() if name not in PLACES}
+    decisive["loop"] = {name: settings["loop"][name] for name in ("precision", "seed")}
+    return decisive
+
+
+def require_same_run(folder: Path, decisive: dict[str, Any], data_hash: str) -> None:
+    """Raise `ArtifactError` where the folder holds checkpoints of a run with other settings or data."""
+    newest = newest_verified(folder / "checkpoints")
+    if newest is None:
+        return
+    before = {**identity(read_json(folder / "config.json")), "data": read_json(newest / STATE)["data_hash"]}
+    now = {**json.loads(json.dumps(decisive)), "data": data_hash}  # as the file has it: tuples are lists
+    changed = sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
+    if changed:
+        raise ArtifactError(
+            f"{folder} holds a run with other settings ({', '.join(changed)}): "
+            "give this one another name, or remove that folder"
+        )
 
 
 def commit_run(folder: Path, inputs: Any) -> None:

@@ -77,9 +77,8 @@ def restore(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, d
     state = read_json(folder / STATE)
     if state["data_hash"] != data_hash:
         raise ArtifactError(
-            f"{folder} saw its data in another order (hash {state['data_hash'][:12]}, now {data_hash[:12]}): "
-            "the stages, shares, seed, batch or shards changed. Resume with the settings in the run's config.json, "
-            "or start a run of another name"
+            f"{folder} saw other data, or in another order (hash {state['data_hash'][:12]}, now {data_hash[:12]}): "
+            "give this run another name, or remove that folder"
         )
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     weights, moments = load_file(folder / MODEL), load_file(folder / OPTIMIZER)

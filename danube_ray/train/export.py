@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from danube_ray.artifacts import complete_once, read_json
+from danube_ray.artifacts import MANIFEST, complete_once, file_hash, read_json
 from danube_ray.config import ModelConfig
 from danube_ray.model.huggingface import export_model
 from danube_ray.train.checkpoint import MODEL
@@ -36,7 +36,7 @@ def export_checkpoint(
     checkpoint: Path, model: ModelConfig, tokenizer: Path, out: Path, dtype: torch.dtype = torch.bfloat16
 ) -> Path:
     """Export a pretraining checkpoint with the tokenizer that its shards were made with."""
-    inputs = {"checkpoint": str(checkpoint), "model": model, "dtype": str(dtype)}
+    inputs = {"checkpoint": file_hash(checkpoint / MANIFEST), "model": model, "dtype": str(dtype)}
     return export_state(load_file(checkpoint / MODEL), model, tokenizer, out, inputs, dtype)
 
 

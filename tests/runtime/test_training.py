@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from danube_ray.artifacts import read_json, read_json_lines
+from danube_ray.artifacts import ArtifactError, read_json, read_json_lines
 from danube_ray.config import ConfigError, RunConfig
 from danube_ray.runtime.training import pretrain
 from danube_ray.train.checkpoint import MODEL, checkpoint_steps
@@ -106,6 +106,16 @@ def test_a_finished_run_returns_at_once_and_says_what_made_it(whole):
     assert (folder / METRICS).read_bytes() == before
     assert read_json(folder / "config.json")["stages"][1]["sequence_length"] == 64
     assert read_json(folder / "provenance.json")["versions"]["torch"] == torch.__version__
+
+
+def test_a_run_of_other_settings_or_data_is_not_gone_on_with(whole, tokens, tmp_path):
+    other = dataclasses.replace(whole, optimizer=dataclasses.replace(whole.optimizer, learning_rate=5e-3))
+    with pytest.raises(ArtifactError, match=r"other settings \(optimizer\)"):
+        pretrain(other)
+    with pytest.raises(ArtifactError, match=r"other settings \(data, loop\)"):  # the seed also orders the data
+        pretrain(dataclasses.replace(whole, loop=dataclasses.replace(whole.loop, seed=1)))
+    moved = dataclasses.replace(whole, loop=dataclasses.replace(whole.loop, num_workers=1, log_every_steps=7))
+    assert pretrain(moved).name == "step-00000120"  # where and how often: the same run
 
 
 def test_more_workers_than_the_cluster_has_is_one_error_before_any_starts(ray_session, tokens, tmp_path):

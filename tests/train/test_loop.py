@@ -102,7 +102,7 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path):
     fit(CountingTask(4), tmp_path, SETTINGS, OPTIMIZER, LocalContext())
     other = CountingTask(8)
     other.data_hash = "another order"
-    with pytest.raises(ArtifactError, match="run of another name"):
+    with pytest.raises(ArtifactError, match="give this run another name"):
         fit(other, tmp_path, SETTINGS, OPTIMIZER, LocalContext())
 
 
