@@ -125,7 +125,9 @@ def application(
                 downscale_delay_s=IDLE_S,
             ),
         )(EngineReplica)
-        engines[name] = deployment.bind(model.gguf, entries[name].context_tokens, model.num_slots, model.num_threads)
+        engines[name] = deployment.bind(
+            model.gguf.resolve(), entries[name].context_tokens, model.num_slots, model.num_threads
+        )
     gate = ray_serve.deployment(
         name="gate",
         ray_actor_options={"num_cpus": 0},

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import ray.train
@@ -36,7 +37,9 @@ from danube_ray.train.protocol import Batch, StepReader, Task
 
 MakeTask = Callable[[], Task]
 STREAM = "steps"
-PLACES = ("name", "output_dir", "tokens_dir", "base", "data", "kind")
+PATHS = {"output_dir", "tokens_dir", "base", "data"}
+PLACES = {"name", "kind", *PATHS}
+ConfigT = TypeVar("ConfigT", RunConfig, FinetuneConfig, DpoConfig)
 CHECKPOINT_BYTES = 12  # a parameter: its float32 master weight and AdamW's two moments
 
 
@@ -62,6 +65,7 @@ class RayContext:
 
 def pretrain(run: RunConfig, progress: Progress | None = None) -> Path:
     """Pretrain `run` on the cluster, or go on with it; the last checkpoint's folder."""
+    run = located(run)
     write_json(Path(run.output_dir) / run.name / "mixture.json", MixtureReader(run).plan.mixture())
     return train(lambda: PretrainTask(run), run, run.optimizer, run.loop, progress)
 
@@ -70,6 +74,7 @@ def sft(config: FinetuneConfig, progress: Progress | None = None) -> Path:
     """Supervised fine-tuning on conversations; the last checkpoint's folder."""
     from danube_ray.posttrain.sft import SftTask  # PEFT takes seconds to import, which pretraining's workers need not
 
+    config = located(config)
     return train(lambda: SftTask(config), config, config.optimizer, config.loop, progress)
 
 
@@ -77,6 +82,7 @@ def dpo(config: DpoConfig, progress: Progress | None = None) -> Path:
     """Direct preference optimisation on pairs; the last checkpoint's folder."""
     from danube_ray.posttrain.dpo import DpoTask
 
+    config = located(config)
     return train(lambda: DpoTask(config), config, config.optimizer, config.loop, progress)
 
 
@@ -92,7 +98,7 @@ def train(
     A finished run returns at once; a stopped one goes on from its newest verified checkpoint, after a worker's death,
     the driver's or the cluster's. Raises what the loop raised, once `max_restarts` are used up.
     """
-    folder = (Path(config.output_dir) / config.name).resolve()
+    folder = Path(config.output_dir) / config.name
     task = make_task()  # reads the data's manifests: whatever is wrong with them is said before a worker starts
     decisive = identity(to_dict(config))
     inputs = {"config": decisive, "data": task.data_hash}
@@ -110,6 +116,12 @@ def train(
         trainer(make_task, task.reader, folder, optimizer, settings).fit()
     commit_run(folder, inputs)
     return last
+
+
+def located(config: ConfigT) -> ConfigT:
+    """The configuration with absolute paths: a worker runs in a folder of its own."""
+    fields = {field.name for field in dataclasses.fields(config)}
+    return dataclasses.replace(config, **{name: str(Path(getattr(config, name)).resolve()) for name in PATHS & fields})
 
 
 def base_parameters(config: FinetuneConfig) -> int:
@@ -132,8 +144,9 @@ def require_same_run(folder: Path, decisive: dict[str, Any], data_hash: str) -> 
     newest = newest_verified(folder / "checkpoints")
     if newest is None:
         return
-    before = {**identity(read_json(folder / "config.json")), "data": read_json(newest / STATE)["data_hash"]}
     now = {**json.loads(json.dumps(decisive)), "data": data_hash}  # as the file has it: tuples are lists
+    file = folder / "config.json"  # not there when the loop ran without Ray, on its caller's word
+    before = {**(identity(read_json(file)) if file.is_file() else now), "data": read_json(newest / STATE)["data_hash"]}
     changed = sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
     if changed:
         raise ArtifactError(

@@ -39,7 +39,7 @@ class ServedModel:
     def entry(self) -> ModelEntry:
         """What the gate must know. `ConfigError` when file and tokenizer are damaged or not of one model."""
         header = read_header(self.gguf)
-        tokenizer = Tokenizer.load(self.tokenizer_folder)
+        tokenizer = Tokenizer.load(self.tokenizer_folder.resolve())  # it is opened again where the gate runs
         require(
             header["tokenizer.ggml.tokens"][: tokenizer.vocab_size] == tokenizer.pieces,
             "tokenizer_folder",

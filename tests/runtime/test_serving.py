@@ -45,8 +45,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
 def app(ray_session: None, served: ServedModel) -> Iterator[Live]:
     doomed = f"doomed-{uuid.uuid4().hex}"
     narrow = replace(served, num_slots=1, max_queued=1)
-    with serving({"tiny": served, doomed: narrow}, port=0) as url:
+    typed = replace(served, gguf=relative(served.gguf), tokenizer_folder=relative(served.tokenizer_folder))
+    with serving({"tiny": typed, doomed: narrow}, port=0) as url:
         yield Live(url, doomed)
+
+
+def relative(path: Path) -> Path:
+    """A path as a user types it: replicas run in folders of their own."""
+    return Path(os.path.relpath(path))
 
 
 @pytest.mark.ray

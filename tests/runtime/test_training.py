@@ -81,9 +81,10 @@ def test_a_killed_worker_changes_no_bit(whole, tokens, tmp_path):
     assert losses(run) == losses(whole)
 
 
-def test_two_workers_train_what_one_process_does_and_go_on_where_it_stopped(whole, tokens, tmp_path):
-    """Half of the run in one process without Ray, the rest on the cluster with two workers."""
-    run = long_run(tokens, tmp_path, "resized", num_workers=2)
+def test_two_workers_train_what_one_process_does_and_go_on_where_it_stopped(whole, tokens, tmp_path, monkeypatch):
+    """Half of the run in one process without Ray, the rest on the cluster with two workers; relative paths."""
+    monkeypatch.chdir(tmp_path)
+    run = long_run(Path(os.path.relpath(tokens)), Path(), "resized", num_workers=2)
 
     class Stops(LocalContext):
         def batches(self, reader, start_step):
