@@ -13,6 +13,9 @@ from typing import Any, Literal
 Precision = Literal["fp32", "bf16", "fp8-te"]
 AttentionBackend = Literal["auto", "sdpa"]
 
+# `<unk>`, `<s>` and `</s>`, as in Llama's and Mistral's models. Shards, training and exported folders count on them.
+UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
+
 
 class ConfigError(ValueError):
     """A setting that can't be used. Says which, what it was, what is allowed and what to do."""

@@ -31,19 +31,12 @@ def evaluate(
     """
     from danube_ray.artifacts import write_json
     from danube_ray.evaluate.harness import multiple_choice_task
-    from danube_ray.evaluate.perplexity import perplexity
+    from danube_ray.evaluate.perplexity import held_out_perplexity
     from danube_ray.runtime.evaluation import evaluate as run_tasks
 
     require(bool(tasks) or tokens is not None, "--tasks and --tokens", None, "one or both")
     if tokens is not None:
-        from danube_ray.data.shards import open_validation
-        from danube_ray.inference.huggingface import HuggingFaceModel
-
-        scored = HuggingFaceModel(model)
-        by_source = {
-            source: perplexity(scored, store.read(0, store.num_tokens), min(512, scored.context_length))
-            for source, store in open_validation(tokens).items()
-        }
+        by_source = held_out_perplexity(model, tokens)
         for source, result in by_source.items():
             console.print(f"{source}: perplexity {result.value:.2f} ± {result.error:.2f} on {result.tokens:,} tokens")
         write_json(out / "perplexity.json", {name: dataclasses.asdict(result) for name, result in by_source.items()})
@@ -73,16 +66,12 @@ def quantize(
         levels: GGUF levels.
         num_tokens: held-out tokens to compare on.
     """
-    import numpy as np
-
-    from danube_ray.data.shards import open_validation
+    from danube_ray.data.shards import held_out_tokens
     from danube_ray.quantize.levels import Level, check_level
     from danube_ray.runtime import quantization
 
     wanted: list[Level] = [check_level(level) for level in levels]
-    stores = open_validation(tokens).values()
-    held_out = [store.read(0, min(store.num_tokens, num_tokens // len(stores))) for store in stores]
-    rows = quantization.quantize(model, out, np.concatenate(held_out), wanted)
+    rows = quantization.quantize(model, out, held_out_tokens(tokens, num_tokens), wanted)
     table = Table("level", "MiB", "bits/weight", "perplexity", "KLD mean", "KLD p99", "same top", "tokens/s", box=None)
     for row in rows:
         table.add_row(

@@ -229,6 +229,13 @@ def open_validation(tokens_dir: Path) -> dict[str, TokenStore]:
     return {s: TokenStore(tokens_dir / VALIDATION / s) for s in sorted(_root_manifest(tokens_dir)[VALIDATION])}
 
 
+def held_out_tokens(tokens_dir: Path, at_most: int | None = None) -> np.ndarray:
+    """The held-out ids of all sources, one after the other; `at_most` takes equally many from the start of each."""
+    stores = open_validation(tokens_dir).values()
+    each = at_most // len(stores) if at_most else None
+    return np.concatenate([store.read(0, min(store.num_tokens, each or store.num_tokens)) for store in stores])
+
+
 def store_sizes(sources: Mapping[str, Mapping[str, TokenStore]]) -> dict[str, dict[str, int]]:
     """Tokens by source and bucket: what a mixture plan is made from."""
     return {source: {b: store.num_tokens for b, store in buckets.items()} for source, buckets in sources.items()}

@@ -23,7 +23,7 @@ from google.protobuf.message import DecodeError
 from tokenizers import AddedToken, decoders, models, normalizers, processors
 
 from danube_ray.artifacts import file_hash, write_atomically, write_json
-from danube_ray.config import ConfigError, require
+from danube_ray.config import BOS_ID, EOS_ID, UNK_ID, ConfigError, require
 from danube_ray.data.chat import CHAT_TEMPLATE
 from danube_ray.data.shards import token_dtype
 
@@ -38,7 +38,7 @@ TRAINING_THREADS = 2
 
 
 class Tokenizer:
-    """A sentencepiece model. Pickles as its path."""
+    """A sentencepiece model whose `<unk>`, `<s>` and `</s>` are ids 0, 1 and 2. Pickles as its path."""
 
     def __init__(self, model_file: Path) -> None:
         self.model_file = model_file
@@ -47,6 +47,9 @@ class Tokenizer:
         self.unk_id: int = self._processor.unk_id()
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
+        found, wanted = (self.unk_id, self.bos_id, self.eos_id), (UNK_ID, BOS_ID, EOS_ID)
+        remedy = "shards and checkpoints know documents by these ids"
+        require(found == wanted, f"ids of <unk>, <s>, </s> in {model_file}", found, str(wanted), remedy)
         self.space_id: int = self._processor.piece_to_id(SPACE)
 
     @staticmethod

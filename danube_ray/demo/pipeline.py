@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from rich.console import Console
 from rich.progress import Progress as Bars
 from rich.table import Table
@@ -238,12 +237,13 @@ class Demo:
 
     def evaluate(self) -> dict[str, Any]:
         """The loss against what counting tokens alone would reach, and a multiple-choice task by lm-eval."""
+        from danube_ray.data.shards import held_out_tokens
         from danube_ray.evaluate.harness import multiple_choice_task
         from danube_ray.evaluate.perplexity import unigram_entropy
         from danube_ray.runtime.evaluation import evaluate
 
         self.start_ray()
-        loss, entropy = self.validation_loss(), unigram_entropy([self.validation_tokens()])
+        loss, entropy = self.validation_loss(), unigram_entropy([held_out_tokens(self.root / "tokens")])
         facts = {"validation_loss": loss, "unigram_entropy": entropy, "improvement": 1 - loss / entropy}
         write_json(self.root / "evaluation" / "perplexity.json", facts)
         task = multiple_choice_task("python_summaries", self.root / "text" / "questions.jsonl")
@@ -256,19 +256,12 @@ class Demo:
             "multiple choice": f"{accuracy['value']:.1%} (chance 25 %)",
         }
 
-    def validation_tokens(self, at_most: int | None = None) -> np.ndarray:
-        """The held-out tokens of all sources, in equal parts where `at_most` cuts them."""
-        from danube_ray.data.shards import open_validation
-
-        stores = open_validation(self.root / "tokens").values()
-        each = at_most // len(stores) if at_most else None
-        return np.concatenate([store.read(0, min(store.num_tokens, each or store.num_tokens)) for store in stores])
-
     def quantize(self) -> dict[str, Any]:
+        from danube_ray.data.shards import held_out_tokens
         from danube_ray.runtime.quantization import quantize
 
         self.start_ray()
-        tokens = self.validation_tokens(at_most=KLD_TOKENS)
+        tokens = held_out_tokens(self.root / "tokens", at_most=KLD_TOKENS)
         with self.bar("quantizing") as on_progress:
             done = iter(range(1, len(LEVELS) + 1))
             rows = quantize(

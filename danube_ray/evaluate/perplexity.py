@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from danube_ray.config import require
+from danube_ray.data.shards import open_validation
+from danube_ray.inference.huggingface import HuggingFaceModel
 from danube_ray.inference.protocol import LanguageModel
 from danube_ray.inference.scoring import token_mean, windows
 
@@ -59,3 +62,13 @@ def perplexity(model: LanguageModel, tokens: np.ndarray, context: int, batch_siz
     loss = token_mean(losses, counts)
     value = loss.exp()
     return Perplexity(value.value, value.error, loss.value, loss.error, sum(counts))
+
+
+def held_out_perplexity(model_folder: Path, tokens_dir: Path, context: int = 512) -> dict[str, Perplexity]:
+    """Perplexity of a Hugging Face folder on each source's held-out tokens, in windows of `context` or what it has."""
+    model = HuggingFaceModel(model_folder)
+    length = min(context, model.context_length)
+    return {
+        source: perplexity(model, store.read(0, store.num_tokens), length)
+        for source, store in open_validation(tokens_dir).items()
+    }

@@ -17,10 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from danube_ray.artifacts import ArtifactError, read_json, write_json
-from danube_ray.config import AttentionBackend, ConfigError, ModelConfig, require
+from danube_ray.config import BOS_ID, EOS_ID, AttentionBackend, ConfigError, ModelConfig, require
 from danube_ray.model.transformer import Transformer
 
-BOS_ID, EOS_ID = 1, 2  # the tokenizer folder's `<s>` and `</s>`
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # What transformers takes when config.json leaves a key out (LlamaConfig and MistralConfig, transformers 4 and 5).

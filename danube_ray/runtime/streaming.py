@@ -6,7 +6,7 @@ has a CPU free, and may finish blocks in any order: `preserve_order` hands them 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -92,8 +92,3 @@ def read_stream(iterator: DataIterator) -> Iterator[tuple[int, Batch]]:
     for block in blocks:
         for step, batch in zip(block["step"].to_pylist(), block["batch"], strict=True):
             yield step, load(batch.as_py())
-
-
-def stream_factory(reader: StepReader, start: Callable[[], int]) -> Callable[[], Dataset]:
-    """What Ray Train evaluates whenever workers (re)start: the steps from the newest verified checkpoint on."""
-    return lambda: steps_dataset(reader, start())

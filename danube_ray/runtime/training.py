@@ -12,10 +12,12 @@ from typing import Any, TypeVar
 
 import ray
 import ray.train
+from ray.data import Dataset
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from danube_ray.artifacts import (
+    MANIFEST,
     ArtifactError,
     content_hash,
     finished,
@@ -28,7 +30,7 @@ from danube_ray.config import DpoConfig, FinetuneConfig, LoopConfig, OptimizerCo
 from danube_ray.data.windows import MixtureReader
 from danube_ray.model.huggingface import load_config
 from danube_ray.runtime.session import session
-from danube_ray.runtime.streaming import RankStreams, read_stream, stream_factory
+from danube_ray.runtime.streaming import RankStreams, read_stream, steps_dataset
 from danube_ray.train.checkpoint import STATE, checkpoint_folder, newest_verified, step_of
 from danube_ray.train.loop import fit
 from danube_ray.train.pretrain import PretrainTask
@@ -66,8 +68,9 @@ class RayContext:
 def pretrain(run: RunConfig, progress: Progress | None = None) -> Path:
     """Pretrain `run` on the cluster, or go on with it; the last checkpoint's folder."""
     run = located(run)
+    checkpoint = train(lambda: PretrainTask(run), run, run.optimizer, run.loop, progress)
     write_json(Path(run.output_dir) / run.name / "mixture.json", MixtureReader(run).plan.mixture())
-    return train(lambda: PretrainTask(run), run, run.optimizer, run.loop, progress)
+    return checkpoint
 
 
 def sft(config: FinetuneConfig, progress: Progress | None = None) -> Path:
@@ -114,7 +117,8 @@ def train(
     with session(), (progress or Progress()).follow(folder, task.reader.num_steps, task.name):
         require_capacity(settings)
         trainer(make_task, task.reader, folder, optimizer, settings).fit()
-    commit_run(folder, inputs)
+    # What lies here is told by its inputs: the checkpoints have manifests of hashes of their own.
+    write_json(folder / MANIFEST, {"inputs": content_hash(inputs), "files": {}})
     return last
 
 
@@ -155,11 +159,6 @@ def require_same_run(folder: Path, decisive: dict[str, Any], data_hash: str) -> 
         )
 
 
-def commit_run(folder: Path, inputs: Any) -> None:
-    """Mark the run finished. Its checkpoints carry manifests of their own, so only the small files are hashed here."""
-    write_json(folder / "manifest.json", {"inputs": content_hash(inputs), "files": {}})
-
-
 def require_capacity(settings: LoopConfig) -> None:
     """Refuse a run that would wait for ever: workers take CPUs, and the stream needs one beside them."""
     total = ray.cluster_resources().get("CPU", 0)
@@ -184,12 +183,13 @@ def trainer(
     def work() -> None:
         fit(make_task(), folder, settings, optimizer, RayContext())
 
-    def newest_step() -> int:
-        return step_of(newest_verified(folder / "checkpoints"))
+    def remaining_steps() -> Dataset:
+        """What Ray Train evaluates whenever workers (re)start."""
+        return steps_dataset(reader, step_of(newest_verified(folder / "checkpoints")))
 
     return TorchTrainer(
         work,
-        datasets={STREAM: stream_factory(reader, newest_step)},
+        datasets={STREAM: remaining_steps},
         dataset_config=RankStreams(reader),
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=600),
         scaling_config=ScalingConfig(

@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from danube_ray.config import RunConfig
+from danube_ray.config import BOS_ID, RunConfig
 from danube_ray.data.windows import MixtureReader, ValidationReader
 from danube_ray.model.transformer import Transformer
 from danube_ray.train.losses import cross_entropy_sum, document_ids
 from danube_ray.train.protocol import StepReader, TensorBatch
-
-BOS_ID = 1  # `<s>` of every tokenizer the project trains or imports
 
 
 class PretrainTask:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 from transformers import AutoTokenizer
 
 from danube_ray.config import ConfigError
@@ -126,3 +127,13 @@ def test_what_is_no_such_tokenizer_is_refused(tmp_path: Path, trained: Tokenizer
     with pytest.raises(ConfigError, match="dummy prefix"):
         import_tokenizer(tmp_path / "bare.model", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_with_other_control_ids_is_refused(tmp_path: Path) -> None:
+    prefix = tmp_path / "tokenizer"
+    text = iter(["some words to make pieces of", "and some more of them"] * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=text, model_prefix=str(prefix), vocab_size=25, unk_id=2, bos_id=0, eos_id=1, minloglevel=2
+    )
+    with pytest.raises(ConfigError, match=r"is \(2, 0, 1\), allowed is \(0, 1, 2\)"):
+        Tokenizer.load(prefix.with_suffix(".model"))
