@@ -106,6 +106,8 @@ def load_config(folder: Path) -> ModelConfig:
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         require(key in values, f"{key} in {path}", None, "a number")
     heads = values["num_attention_heads"]
+    window = values["sliding_window"] if architecture == "MistralForCausalLM" else None
+    hides = window is not None and window < values["max_position_embeddings"]
     return ModelConfig(
         vocab_size=values["vocab_size"],
         hidden_size=values["hidden_size"],
@@ -115,7 +117,7 @@ def load_config(folder: Path) -> ModelConfig:
         num_kv_heads=values.get("num_key_value_heads") or heads,
         head_dim=values.get("head_dim") or values["hidden_size"] // heads,
         context_length=values["max_position_embeddings"],
-        sliding_window=values["sliding_window"] if architecture == "MistralForCausalLM" else None,
+        sliding_window=window if hides else None,
         rope_theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10_000.0),
         rms_norm_eps=values.get("rms_norm_eps", 1e-6),
         initializer_range=values.get("initializer_range", 0.02),

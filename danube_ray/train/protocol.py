@@ -8,6 +8,7 @@ resumable at any step with any number of workers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,7 +34,8 @@ class StepReader(Protocol):
 class Task(Protocol):
     """What is trained: the model, its data, and its loss.
 
-    `data_hash` names the order of the data; a checkpoint of another order is refused. `count` is how many units
+    `identity` is what the trained weights depend on beside the optimizer (model, plan, tokenizer), as nested JSON-able
+    values: a checkpoint of another identity is refused, naming the first field that differs. `count` is how many units
     (tokens, pairs) of a micro-batch are trained, `loss` the sum of their losses: the loop divides by the count of the
     whole step over all ranks, so neither micro-batches nor workers change what a unit weighs.
     """
@@ -44,11 +46,23 @@ class Task(Protocol):
     def reader(self) -> StepReader: ...
 
     @property
-    def data_hash(self) -> str: ...
+    def identity(self) -> dict[str, Any]: ...
 
     def build_model(self) -> nn.Module: ...
 
+    def enter_step(self, module: nn.Module, step: int) -> None:
+        """Set in the bare module what the stage of `step` changes, such as its attention window."""
+        ...
+
     def micro_batch_size(self, step: int) -> int: ...
+
+    def learning_rate_scale(self, step: int) -> float:
+        """What the schedule's learning rate is multiplied with at `step`."""
+        ...
+
+    def flops_per_token(self, step: int) -> float:
+        """FLOP of forward and backward a token, by the formula of `ModelConfig.flops_per_token`; 0 where unknown."""
+        ...
 
     def position(self, steps_done: int) -> dict[str, Any]:
         """Facts that metrics carry after so many steps: `tokens` and whatever names the place in the run."""
@@ -60,6 +74,10 @@ class Task(Protocol):
 
     def validation(self, step: int) -> Mapping[str, StepReader]:
         """Held-out data by source, for the stage that `step` belongs to."""
+        ...
+
+    def samples(self, module: nn.Module) -> list[dict[str, str]]:
+        """Texts that the model writes now, to look at; none where the task has no prompts."""
         ...
 
 
@@ -74,6 +92,61 @@ class Context(Protocol):
         """This rank's `(step, batch)` from `start_step` on, in order."""
         ...
 
+    def stop_requested(self) -> str | None:
+        """Why this process should save and end now (a signal, a preemption notice), or None. Cheap; asked each step."""
+        ...
+
     def report(self, metrics: dict[str, Any]) -> None:
         """Tell the surroundings of a committed checkpoint. Every rank calls it; it is a barrier."""
+        ...
+
+
+class Strategy(Protocol):
+    """How one step's gradient becomes an update on all ranks: DDP, or DeepSpeed's ZeRO.
+
+    `module` is the bare model, `model` what the forward pass calls. Full weights and moments go in and out by parameter
+    name, in float32 and unsharded, so a checkpoint fits any strategy and any number of workers.
+    """
+
+    module: nn.Module
+    model: nn.Module
+
+    def accumulating(self, last: bool) -> AbstractContextManager[None]:
+        """Around a micro-batch's forward and backward: gradients cross the network only with the last one."""
+        ...
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of `loss`, this rank's part of a sum over ranks."""
+        ...
+
+    def gradient_norm(self) -> torch.Tensor:
+        """L2 norm of the step's whole gradient, the same on every rank; called once, after the last backward."""
+        ...
+
+    def step(self, learning_rate: float) -> None:
+        """Clip by the norm asked for just before, update the weights, clear the gradients."""
+        ...
+
+    def discard(self) -> None:
+        """Clear the gradients without an update."""
+        ...
+
+    def sum_over_ranks(self, value: torch.Tensor) -> torch.Tensor:
+        """`value` summed over all ranks, on every rank (in place)."""
+        ...
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Trainable weights by name, and AdamW's moments as `NAME.exp_avg` and `NAME.exp_avg_sq`.
+
+        Every rank calls it; only rank 0's result counts. The tensors may be the live ones, on any device: whoever keeps
+        them copies them before the next step. Moments are missing before the first update.
+        """
+        ...
+
+    def load(self, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], updates: int) -> None:
+        """Put back what `state` gave after `updates` updates, in place, on every rank."""
+        ...
+
+    def communication_s(self) -> float:
+        """Seconds of the last step in which this rank waited for others' gradients; NaN where nothing measures it."""
         ...

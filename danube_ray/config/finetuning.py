@@ -1,0 +1,67 @@
+"""Post-training runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from danube_ray.config.check import require, require_positive, valid_name
+from danube_ray.config.training import LoopConfig, OptimizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters on every linear of attention and MLP (Danube: rank 4, alpha 16 for DPO)."""
+
+    rank: int = 4
+    alpha: int = 16
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_positive(self, "rank", "alpha")
+        require(0 <= self.dropout < 1, "LoraConfig.dropout", self.dropout, "in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Post-training of the Hugging Face folder `base` on the JSONL or Parquet file `data`.
+
+    `max_length` None takes the base's full context. `batch_size` counts conversations (SFT) or pairs (DPO) a step.
+    """
+
+    name: str
+    base: str
+    data: str
+    epochs: float = 1.0
+    batch_size: int = 8
+    micro_batch_size: int = 1
+    max_length: int | None = None
+    lora: LoraConfig | None = None
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, min_learning_rate=0.0, warmup_steps=20)
+    loop: LoopConfig = LoopConfig()
+    output_dir: str = "runs"
+
+    def __post_init__(self) -> None:
+        require_positive(self, "epochs", "batch_size", "micro_batch_size")
+        require(valid_name(self.name), "FinetuneConfig.name", self.name, "letters, digits, '.', '_' and '-'")
+        if self.max_length is not None:
+            require_positive(self, "max_length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpoConfig(FinetuneConfig):
+    """Direct preference optimisation (Rafailov et al., 2023) with the reports' beta of 0.2 and LoRA of rank 4."""
+
+    beta: float = 0.2
+    batch_size: int = 2
+    lora: LoraConfig | None = LoraConfig()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "beta")
+        require(
+            self.lora is not None,
+            "DpoConfig.lora",
+            self.lora,
+            "a LoraConfig",
+            "the frozen base under the adapters is DPO's reference model",
+        )
