@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,31 @@ def content_hash(value: Any) -> str:
     """SHA-256 (hex) of a JSON-able value, independent of key order."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def first_difference(before: Any, now: Any, field: str = "") -> tuple[str, Any, Any] | None:
+    """The first field, dotted, in which two JSON-able values differ, with both its values; None when they are equal."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in {**before, **now}:  # in the order written: causes before what follows from them
+            difference = first_difference(before.get(name), now.get(name), f"{field}.{name}" if field else str(name))
+            if difference is not None:
+                return difference
+        return None
+    if isinstance(before, list | tuple) and isinstance(now, list | tuple) and len(before) == len(now):
+        items = ((str(index), was, is_now) for index, (was, is_now) in enumerate(zip(before, now, strict=True)))
+        found = (first_difference(was, is_now, f"{field}.{index}") for index, was, is_now in items)
+        return next((difference for difference in found if difference is not None), None)
+    return None if before == now else (field, before, now)
+
+
+def leaves(values: Mapping[Any, Any], joint: str = ".") -> Iterator[tuple[str, Any]]:
+    """What nested dictionaries and lists hold, by the path there: `model.num_layers`, `stages.0.tokens`."""
+    for name, value in values.items():
+        inner = dict(enumerate(value)) if isinstance(value, list | tuple) else value
+        if isinstance(inner, dict):
+            yield from ((f"{name}{joint}{below}", leaf) for below, leaf in leaves(inner, joint))
+        else:
+            yield str(name), value
 
 
 def file_hash(path: Path) -> str:
@@ -183,10 +208,10 @@ def provenance() -> dict[str, Any]:
             return None
 
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    git = subprocess.run(command, capture_output=True, text=True, check=False)
+    git = subprocess.run(command, capture_output=True, text=True, check=False).stdout if shutil.which("git") else ""
     packages = ("danube-ray", "torch", "ray", "transformers", "peft", "sentencepiece", "gguf", "xllamacpp", "lm_eval")
     return {
-        "git_revision": git.stdout.strip() or None,
+        "git_revision": git.strip() or None,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {package: version(package) for package in packages},

@@ -26,7 +26,8 @@ DANUBE_OPTIMIZER = OptimizerConfig(
     learning_rate=2e-4, min_learning_rate=1e-5, warmup_steps=2_000, beta1=0.9, beta2=0.95, weight_decay=0.1
 )
 
-# Danube report, section 3: FP8 on the linears of attention and MLP, DDP on one node of 8 H100s. Ours for Danube2 and 3.
+# Danube report, section 3: FP8 on the linears of attention and MLP, DDP on one node of 8 H100s; ours for Danube2 and 3.
+# Attention takes the machine's best backend (auto); nothing is compiled, since transformer-engine runs eager.
 DANUBE_LOOP = LoopConfig(num_workers=NODE_OF_8_GPUS, cpus_per_worker=8, precision="fp8-te", compile=False)
 
 # How the share that is not web is split is ours throughout, in parts of 100: the reports print the web share alone.
@@ -79,7 +80,11 @@ def danube2_1_8b() -> RunConfig:
     """H2O-Danube2 1.8B: the same shape without the window, 2T tokens in three stages of falling web share.
 
     Tokens and web shares by stage are the report's (84.5, 72.8 and 55.5 %); a window of 8,192 in every stage is ours.
-    The report goes on from Danube 1.8B's weights with the embeddings remapped to Mistral's tokenizer; this starts anew.
+    As it stands the run starts anew. The report goes on from Danube 1.8B, its embeddings remapped from Llama 2's
+    tokenizer to Mistral's:
+
+        danube remap DANUBE_1_8B --new-tokenizer MISTRAL --out START
+        danube pretrain danube2_1_8b --init-from START --tokens-dir TOKENS_BY_MISTRAL
     """
     model = dataclasses.replace(danube_1_8b().model, context_length=8_192, sliding_window=None)
     return RunConfig(
@@ -95,7 +100,8 @@ def danube2_1_8b() -> RunConfig:
 def danube3_500m() -> RunConfig:
     """H2O-Danube3 500M: 4T tokens (Danube3 report, section 3), web shares as for the 4B model.
 
-    The report gives the total only; that the stages divide it as the 4B's do, 76.7 : 22.5 : 0.8, is ours.
+    The report gives the total only; that the stages divide it as the 4B's do, 76.7 : 22.5 : 0.8, is ours. So is bf16,
+    compiled: at these widths the planner expects more of a compiler than of transformer-engine's FP8, which has none.
     """
     return RunConfig(
         name="danube3_500m",
@@ -113,7 +119,7 @@ def danube3_500m() -> RunConfig:
         stages=stages_8k((3_067, 906), (900, 817), (33, 516), micro_batch_size=3),
         global_batch_tokens=DANUBE_BATCH_TOKENS,
         optimizer=DANUBE_OPTIMIZER,
-        loop=DANUBE_LOOP,
+        loop=dataclasses.replace(DANUBE_LOOP, precision="bf16", compile=True),
     )
 
 
@@ -121,7 +127,7 @@ def danube3_4b() -> RunConfig:
     """H2O-Danube3 4B: 4.6T, 1.35T and 0.05T tokens of 90.6, 81.7 and 51.6 % web (Danube3 report, section 3).
 
     Its 24 layers give 3.96B parameters; a summary that says 16 would be 2.72B. One window a GPU fits only with the
-    optimizer's state spread over the eight (ZeRO-1): under plain DDP weights, gradients and moments alone take 63 GB.
+    optimizer's state spread over the eight, so ZeRO-1: under DDP weights, gradients and moments alone take 63 GB.
     """
     return RunConfig(
         name="danube3_4b",
@@ -139,7 +145,7 @@ def danube3_4b() -> RunConfig:
         stages=stages_8k((4_600, 906), (1_350, 817), (50, 516), micro_batch_size=1),
         global_batch_tokens=DANUBE_BATCH_TOKENS,
         optimizer=DANUBE_OPTIMIZER,
-        loop=DANUBE_LOOP,
+        loop=dataclasses.replace(DANUBE_LOOP, parallelism="zero1"),
     )
 
 

@@ -59,13 +59,7 @@ def test_presets_prints_parameters_and_stages(capsys):
 def test_every_verb_explains_itself(capsys, verb):
     preset = ["nano"] if verb in PRESET_VERBS else []
     status, out, _ = run(capsys, verb, *preset, "--help")
-    assert status == 0 and (verb == "doctor" or "--" in out) and f"danube {verb}" in out
-
-
-def test_plan_prices_every_stage(capsys):
-    status, out, _ = run(capsys, "plan", "danube3_4b", "--optimizer-shards", "8")
-    assert status == 0 and "3,961,839,360 parameters on 8 x" in out
-    assert all(f"  {stage.name}: " in out for stage in PRESETS["danube3_4b"]().stages)
+    assert status == 0 and "--" in out and f"danube {verb}" in out
 
 
 def test_any_field_of_a_preset_can_be_overridden(monkeypatch):
@@ -126,6 +120,10 @@ def test_a_full_disk_is_one_error_before_anything_starts(capsys, tokens, tmp_pat
         (["quantize", "/nowhere", "--tokens", "/nowhere", "--levels", "Q9"], "Q9"),
         (["serve", "chat=/nowhere.gguf", "--tokenizer", "/nowhere"], "allowed is a path that exists"),
         (["export", "/nowhere", "--tokenizer", "/nowhere", "--out", "/nowhere"], "has no verified checkpoint"),
+        (
+            ["remap", "/nowhere", "--new-tokenizer", "/nowhere", "--out", "/nowhere"],
+            "/nowhere/config.json does not exist",
+        ),
         (["chat", "hello", "--model", "m", "--url", "http://127.0.0.1:9"], "a server that can be reached"),
         (["report", "/nowhere"], "/nowhere"),
     ],

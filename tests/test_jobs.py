@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import os
 import secrets
 import shlex
-import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -23,6 +20,7 @@ from danube_ray.artifacts import read_json_lines, read_manifest
 from danube_ray.cli import VERBS
 from danube_ray.train.checkpoint import newest_verified
 from tests.benchmarks.nano import write_noise
+from tests.runtime.cluster import Cluster, hand_started
 
 REPOSITORY = Path(__file__).parent.parent
 JOBS = sorted((REPOSITORY / "jobs").glob("*.py"))
@@ -35,7 +33,7 @@ each_job = pytest.mark.parametrize("job", JOBS, ids=lambda path: path.stem)
 
 
 def test_every_verb_of_a_cluster_has_its_job():
-    wanted = {"curate", "tokenize", "pretrain", "search", "sft", "dpo", "evaluate", "quantize", "serve"}
+    wanted = {"curate", "tokenize", "pretrain", "search", "remap", "sft", "dpo", "evaluate", "quantize", "serve"}
     assert {job.stem for job in JOBS} == wanted
     assert wanted <= VERBS.keys()
 
@@ -72,56 +70,14 @@ def test_what_is_submitted_is_the_code_and_neither_data_nor_environments():
     assert {path.parts[0] for path in packed if path.parts}.isdisjoint({"runs", "data", "dist"})
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, held together so that they differ."""
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-
-
-@dataclass(frozen=True)
-class Head:
-    address: str
-    environment: dict[str, str]
-
-    def submit(self, *command: str) -> subprocess.CompletedProcess[str]:
-        submit = ["ray", "job", "submit", "--address", self.address, "--working-dir", str(REPOSITORY), "--", *command]
-        return subprocess.run(submit, env=self.environment, capture_output=True, text=True, check=False)
-
-
 @pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
-    """A head started as cluster/README.md says, on ports of its own: another Ray may run on this machine."""
-    names = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port", "metrics-export-port")
-    ports = dict(zip(names, free_ports(len(names)), strict=True))
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # nothing is left to drain when the tests are done
-    }
-    options = [f"--{name}={port}" for name, port in ports.items()]
-    options += ["--num-cpus=3", f"--object-store-memory={128 * 2**20}", "--disable-usage-stats", "--block"]
-    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # not tmp_path: a socket's path is 107 bytes at most
-        start = ["ray", "start", "--head", f"--temp-dir={folder}", *options]
-        process = subprocess.Popen(start, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        assert process.stdout is not None
-        said = []
-        for line in process.stdout:
-            said.append(line)
-            if "Ray runtime started" in line:
-                break
-        assert process.poll() is None, "".join(said)
-        yield Head(f"http://127.0.0.1:{ports['dashboard-port']}", environment)
-        process.terminate()  # with `--block` it takes this head's processes, and no other's, with it
-        process.communicate(timeout=60)
+def head() -> Iterator[Cluster]:
+    with hand_started(num_cpus=3) as cluster:
+        yield cluster
 
 
 @pytest.mark.ray
-def test_a_submitted_job_curates_on_the_cluster(head: Head, tmp_path: Path):
+def test_a_submitted_job_curates_on_the_cluster(head: Cluster, tmp_path: Path):
     texts = [f"Note {n}. {PROSE} This is what the reader of note {n} will find in it." for n in range(4)]
     source = tmp_path / "notes.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, texts[0], "too short"]))
@@ -133,7 +89,7 @@ def test_a_submitted_job_curates_on_the_cluster(head: Head, tmp_path: Path):
 
 
 @pytest.mark.ray
-def test_a_submitted_job_pretrains_the_nano_preset(head: Head, tmp_path: Path):
+def test_a_submitted_job_pretrains_the_nano_preset(head: Cluster, tmp_path: Path):
     tokens, runs = write_noise(tmp_path / "tokens", tokens_per_source=20_000), tmp_path / "runs"
     steps = [f"--stages.{stage}.tokens={tokens}" for stage, tokens in enumerate((12_288, 8_192, 8_192))]
     where = ["--name=job", f"--tokens-dir={tokens}", f"--output-dir={runs}", "--loop.cpus-per-worker=2"]
@@ -146,8 +102,8 @@ def test_a_submitted_job_pretrains_the_nano_preset(head: Head, tmp_path: Path):
 
 
 @pytest.mark.ray
-def test_a_client_without_the_token_is_refused(head: Head):
-    stranger = Head(head.address, {**head.environment, "RAY_AUTH_TOKEN": secrets.token_hex(32)})
+def test_a_client_without_the_token_is_refused(head: Cluster):
+    stranger = dataclasses.replace(head, environment={**head.environment, "RAY_AUTH_TOKEN": secrets.token_hex(32)})
     refused = stranger.submit("python", "jobs/curate.py", "--help")
     assert refused.returncode != 0
     assert "token authentication is enabled" in refused.stderr

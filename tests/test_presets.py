@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from danube_ray.config import RunConfig, to_dict
 from danube_ray.model.transformer import Transformer
+from danube_ray.planner import H100, plan
 from danube_ray.presets import PRESETS, danube2_1_8b, danube3_4b, danube3_500m, danube_1_8b, nano
 
 BILLION = 10**9
@@ -35,6 +38,33 @@ def test_every_preset_carries_its_name_and_can_be_stored(name: str):
     assert to_dict(run)["model"]["num_layers"] == run.model.num_layers
     windows_per_step = [run.global_batch_tokens // stage.sequence_length for stage in run.stages]
     assert all(windows % run.loop.num_workers == 0 for windows in windows_per_step)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_asks_for_nothing_that_its_precision_cannot_do(name: str):
+    loop = PRESETS[name]().loop
+    assert not (loop.compile and loop.precision == "fp8-te")  # transformer-engine runs eager
+    dataclasses.replace(loop, precision="bf16", fp8_scaling=None)  # any preset can be tried without FP8
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_fits_the_gpus_it_is_for(name: str):
+    run = PRESETS[name]()
+    assert plan(run, H100, run.loop.num_workers).fits
+
+
+def test_only_the_4b_model_needs_zero():
+    spread = {name: preset().loop.parallelism for name, preset in PRESETS.items()}
+    assert spread.pop("danube3_4b") == "zero1" and set(spread.values()) == {"ddp"}
+    run = danube3_4b()
+    alone = dataclasses.replace(run, loop=dataclasses.replace(run.loop, parallelism="ddp"))
+    assert not plan(alone, H100, 8).fits
+
+
+def test_danube2_can_go_on_from_danube():
+    """Nothing but what `danube remap` changes differs: vocabulary, context and window."""
+    before, after = danube_1_8b().model, danube2_1_8b().model
+    assert dataclasses.replace(before, context_length=8_192, sliding_window=None) == after
 
 
 def web_percent(run: RunConfig) -> list[float]:

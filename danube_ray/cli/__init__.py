@@ -12,14 +12,15 @@ from pathlib import Path
 
 import tyro
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from danube_ray.artifacts import ArtifactError
+from danube_ray.cli.comparing import compare
 from danube_ray.cli.console import Positional, console, print_report, registry
 from danube_ray.cli.data import curate, tokenize, tokenizer
-from danube_ray.cli.models import chat, evaluate, quantize, serve
-from danube_ray.cli.training import dpo, export, plan, pretrain, search, sft
+from danube_ray.cli.models import chat, evaluate, quantize, remap, serve
+from danube_ray.cli.planning import doctor, plan
+from danube_ray.cli.training import dpo, export, pretrain, search, sft
 from danube_ray.config import ConfigError, require
 from danube_ray.presets import PRESETS
 
@@ -57,17 +58,6 @@ def report(run: Positional[Path]) -> None:
     print_report(run)
 
 
-def doctor() -> None:
-    """Say what this machine can run, and what to install for the rest."""
-    from danube_ray.doctor import examine
-
-    marks = {True: "[green]✓[/green]", False: "[red]✗[/red]", None: "[yellow]·[/yellow]"}
-    table = Table("", "what", "found", "what to do", box=None)
-    for check in examine():
-        table.add_row(marks[check.ok], check.name, escape(check.found), escape(check.remedy))
-    console.print(table)
-
-
 # Verbs that begin from a preset: its name first, then any field of it, then the verb's own options.
 PRESET_VERBS: dict[str, Callable[..., None]] = {"pretrain": pretrain, "search": search, "plan": plan}
 VERBS: dict[str, Callable[..., None]] = {
@@ -80,6 +70,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "pretrain": pretrain,
     "search": search,
     "export": export,
+    "remap": remap,
     "sft": sft,
     "dpo": dpo,
     "evaluate": evaluate,
@@ -87,6 +78,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "serve": serve,
     "chat": chat,
     "report": report,
+    "compare": compare,
     "doctor": doctor,
 }
 

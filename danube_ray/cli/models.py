@@ -1,14 +1,56 @@
-"""Verbs for a finished model: evaluate, quantize, serve, chat."""
+"""Verbs for a finished model: remap, evaluate, quantize, serve, chat."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 from rich.table import Table
 
 from danube_ray.cli.console import Positional, console, named_paths
 from danube_ray.config import require
+
+
+def remap(
+    model: Positional[Path],
+    new_tokenizer: Path,
+    out: Path,
+    old_tokenizer: Path | None = None,
+    new_rows: Literal["random", "mean"] = "random",
+    context_length: int = 8_192,
+    sliding_window: int | None = None,
+    seed: int = 1234,
+) -> None:
+    """Carry a Hugging Face folder over to another tokenizer, so that `danube pretrain --init-from` goes on with it.
+
+    Rows of embedding and head follow their piece; all other weights stay. The defaults are Danube2's: pieces that are
+    new begin at random, the sliding window is turned off, the context is 8,192 tokens.
+
+    Args:
+        model: the Hugging Face folder.
+        new_tokenizer: the folder of the tokenizer to change to.
+        out: the Hugging Face folder to write.
+        old_tokenizer: the folder or file of the tokenizer that the model was trained with, where MODEL has none.
+        new_rows: draw the rows of new pieces at random, or take the mean of the old pieces that spell them.
+        context_length: the longest sequence from now on.
+        sliding_window: the attention window from now on; None turns it off.
+        seed: of the rows drawn at random.
+    """
+    from danube_ray.train import remap as vocabulary
+
+    manifest = vocabulary.remap(
+        model,
+        new_tokenizer,
+        out,
+        old_tokenizer=old_tokenizer,
+        new_rows=new_rows,
+        context_length=context_length,
+        sliding_window=sliding_window,
+        seed=seed,
+    )
+    console.print(f"{manifest['rows_copied']:,} rows copied, {manifest['rows_new']:,} new ({manifest['new_rows']})")
+    console.print(f"model in [bold]{out}[/bold]: go on with `danube pretrain PRESET --init-from {out}`", soft_wrap=True)
 
 
 def evaluate(

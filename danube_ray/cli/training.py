@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -13,6 +14,7 @@ from danube_ray.cli.console import Positional, console, print_report
 from danube_ray.config import DpoConfig, FinetuneConfig, RunConfig
 
 Config = TypeVar("Config")
+STOPPED = 128 + 15  # what a shell reports of a process that SIGTERM ended
 # The fields of a verb's configuration are its options: `--optimizer.learning-rate`, not `--run.optimizer.…`.
 Unprefixed = Annotated[Config, tyro.conf.arg(name="")]
 
@@ -22,21 +24,10 @@ def pretrain(run: Unprefixed[RunConfig]) -> None:
     from danube_ray.runtime import training
     from danube_ray.train.progress import Progress
 
-    checkpoint = training.pretrain(run, Progress(console))
+    with saved_when_stopped():
+        checkpoint = training.pretrain(run, Progress(console))
     console.print(f"checkpoint [bold]{checkpoint}[/bold]")
     print_report(Path(run.output_dir) / run.name)
-
-
-def plan(run: Unprefixed[RunConfig], optimizer_shards: int = 1) -> None:
-    """Estimate a run's memory, speed and days on H100s, stage by stage, before anything is launched.
-
-    Args:
-        run: the run, `--loop.num-workers` GPUs.
-        optimizer_shards: GPUs that share one copy of the optimizer's moments: 1 for DDP, all of them for ZeRO-1.
-    """
-    from danube_ray import planner
-
-    console.print(str(planner.plan(run, optimizer_shards=optimizer_shards)), highlight=False, soft_wrap=True)
 
 
 def search(
@@ -83,12 +74,25 @@ def dpo(config: Unprefixed[DpoConfig]) -> None:
     finetune(config, training.dpo)
 
 
+@contextmanager
+def saved_when_stopped() -> Iterator[None]:
+    """A run that SIGTERM ended has saved itself: say so, and exit as a process does that the signal ended."""
+    from danube_ray.train.faults import RunStopped
+
+    try:
+        yield
+    except RunStopped as stopped:
+        console.print(f"saved and stopped: {stopped}; the same command goes on", highlight=False, soft_wrap=True)
+        raise SystemExit(STOPPED) from None
+
+
 def finetune(config: Any, train: Callable[..., Path]) -> None:
     """Train, export beside the run, and say where everything lies."""
     from danube_ray.posttrain.finetune import export
     from danube_ray.train.progress import Progress
 
-    checkpoint = train(config, Progress(console))
+    with saved_when_stopped():
+        checkpoint = train(config, Progress(console))
     run = Path(config.output_dir) / config.name
     console.print(f"model  [bold]{export(checkpoint, config, run / 'model')}[/bold]")
     print_report(run)

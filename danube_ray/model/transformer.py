@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from danube_ray.config import AttentionBackend, ModelConfig, require
-from danube_ray.model.attention import attention, visibility
+from danube_ray.model.attention import BACKENDS, Attend, prepare
+from danube_ray.model.projections import Project, separate
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, (T, 1, D/2) each, fp32
 
@@ -64,18 +65,18 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.project: Project = separate
 
-    def forward(self, x: Tensor, by: Rotation, visible: Tensor | None) -> Tensor:
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H, D)
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, K, D)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+    def forward(self, x: Tensor, by: Rotation, attend: Attend) -> Tensor:
+        projected = self.project(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in projected)  # (B, T, H, D), (B, T, K, D) twice
         q, k = rotate(q, by), rotate(k, by)
         if x.is_cpu:
             # CPU kernels take fp32 two to three times as fast as bf16 here, so autocast stops at the projections.
             with torch.autocast("cpu", enabled=False):
-                heads = attention(q, k, v.float(), visible=visible)
+                heads = attend(q, k, v.float())
         else:
-            heads = attention(q.to(v.dtype), k.to(v.dtype), v, visible=visible)
+            heads = attend(q.to(v.dtype), k.to(v.dtype), v)
         return self.o_proj(heads.flatten(2).to(v.dtype))  # (B, T, E)
 
 
@@ -87,9 +88,11 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.project: Project = separate
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, E) through (B, T, F)
+        gate, up = self.project(x, self.gate_proj, self.up_proj)  # (B, T, F) each
+        return self.down_proj(F.silu(gate) * up)  # (B, T, E)
 
 
 class Layer(nn.Module):
@@ -100,17 +103,22 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, by: Rotation, visible: Tensor | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), by, visible)
+    def forward(self, x: Tensor, by: Rotation, attend: Attend) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), by, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
-    """Tokens to normed hidden states: everything below the head."""
+    """Tokens to normed hidden states: everything below the head.
 
-    def __init__(self, config: ModelConfig) -> None:
+    `config` may be replaced between steps by one with another window or RoPE base (a stage's), `attention` by another
+    backend: each forward pass reads them.
+    """
+
+    def __init__(self, config: ModelConfig, attention: AttentionBackend) -> None:
         super().__init__()
         self.config = config
+        self.attention: AttentionBackend = attention
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -118,15 +126,10 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
         config, sequence_length = self.config, tokens.shape[1]
         by = rotation(sequence_length, config.head_dim, config.rope_theta, tokens.device)
-        visible = visibility(
-            sequence_length,
-            sliding_window=config.sliding_window,
-            document_ids=document_ids,
-            device=tokens.device,
-        )
         x = self.embed_tokens(tokens)  # (B, T, E)
+        attend = prepare(self.attention, config, x, document_ids)
         for layer in self.layers:
-            x = layer(x, by, visible)
+            x = layer(x, by, attend)
         return self.norm(x)
 
 
@@ -140,9 +143,9 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, attention: AttentionBackend = "auto") -> None:
         super().__init__()
-        require(attention in ("auto", "sdpa"), "attention", attention, "'auto' or 'sdpa'")
+        require(attention in ("auto", *BACKENDS), "attention", attention, f"auto, {', '.join(BACKENDS)}")
         self.config = config
-        self.model = Decoder(config)
+        self.model = Decoder(config, attention)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.reset_parameters()
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
@@ -27,6 +30,10 @@ class DpoTask(FinetuneTask):
     def __init__(self, config: DpoConfig) -> None:
         super().__init__(config)
         self.beta = config.beta
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity, "beta": self.beta}
 
     def count(self, batch: TensorBatch) -> torch.Tensor:
         return batch["weight"].sum()

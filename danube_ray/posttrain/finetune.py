@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,12 +13,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from danube_ray.artifacts import MANIFEST, content_hash, file_hash
-from danube_ray.config import FinetuneConfig
+from danube_ray.config import FinetuneConfig, to_dict
+from danube_ray.data.chat import CHAT_TEMPLATE
 from danube_ray.data.conversations import ConversationReader, PairReader
 from danube_ray.model.huggingface import load_config, load_model
 from danube_ray.posttrain.lora import add_adapters, merge
 from danube_ray.train.checkpoint import MODEL
 from danube_ray.train.export import export_state
+from danube_ray.train.initial import weights_hashes
 from danube_ray.train.protocol import StepReader
 
 
@@ -33,22 +36,48 @@ class FinetuneTask:
 
     def __init__(self, config: FinetuneConfig) -> None:
         self.config = config
-        context_length = load_config(Path(config.base)).context_length
+        self.model = load_config(Path(config.base))
         self.reader = self.examples(
             Path(config.data),
             Path(config.base),
             batch_size=config.batch_size,
             epochs=config.epochs,
-            max_length=min(config.max_length or context_length, context_length),
+            max_length=min(config.max_length or self.model.context_length, self.model.context_length),
             seed=config.loop.seed,
         )
-        self.data_hash = content_hash([self.reader.hash, weights_hashes(Path(config.base))])
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """The base, its adapters, and the examples in their order. Hashes the base's weights: seconds a GB."""
+        config = self.config
+        return {
+            "model": to_dict(self.model),
+            "base": weights_hashes(Path(config.base)),
+            "lora": config.lora and to_dict(config.lora),
+            "template": content_hash(CHAT_TEMPLATE),
+            "plan": {
+                "seed": config.loop.seed,
+                "batch_size": config.batch_size,
+                "epochs": config.epochs,
+                "max_length": self.reader.max_length,
+            },
+            "data": self.reader.hash,
+        }
 
     def build_model(self) -> nn.Module:
         return build_model(self.config)
 
+    def enter_step(self, module: nn.Module, step: int) -> None:
+        """Every step has the base's window and RoPE base."""
+
     def micro_batch_size(self, step: int) -> int:
         return self.config.micro_batch_size
+
+    def learning_rate_scale(self, step: int) -> float:
+        return 1.0
+
+    def flops_per_token(self, step: int) -> float:
+        return 0.0  # unknown: conversations differ in length, and adapters save part of the backward pass
 
     def position(self, steps_done: int) -> dict[str, Any]:
         return {"tokens": self.reader.tokens_at(steps_done), "stage": self.name}
@@ -56,10 +85,8 @@ class FinetuneTask:
     def validation(self, step: int) -> Mapping[str, StepReader]:
         return {}
 
-
-def weights_hashes(base: Path) -> dict[str, str]:
-    """SHA-256 of each file of a Hugging Face folder that says what the model is."""
-    return {path.name: file_hash(path) for path in sorted([base / "config.json", *base.glob("*.safetensors")])}
+    def samples(self, module: nn.Module) -> list[dict[str, str]]:
+        return []
 
 
 def build_model(config: FinetuneConfig) -> nn.Module:

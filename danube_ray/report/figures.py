@@ -10,10 +10,12 @@ from danube_ray.report.plot import (
     Band,
     Chart,
     Line,
+    Mark,
     Panel,
     Point,
     Readout,
     Scale,
+    box,
     dots,
     envelope,
     path,
@@ -24,23 +26,27 @@ from danube_ray.report.run import Row, Training
 from danube_ray.report.units import count, short_count, significant, trimmed
 
 INK = "var(--ink)"
+BAD_EVENTS = ("skip", "rollback", "diverged", "hang", "refused")
+MOST_MARKS = 200
 RAW_BUCKETS, LINE_POINTS, READOUT_POINTS = 300, 500, 160
 
 
 def loss_by_tokens(training: Training, colors: dict[str, str], unigram_entropy: float | None) -> Chart:
-    """Training and validation loss by tokens over shaded stages, with the learning-rate and sequence-length tracks."""
+    """Training and validation loss by tokens over shaded stages; below, what the stages and the schedule set."""
     rows = training.train
     ends = list(accumulate(stage["tokens"] for stage in training.stages))
     x = Scale(0, rows[-1]["tokens"])
     panel, legend = loss_panel(training, "tokens", x, colors, unigram_entropy, "19rem")
+    mixture = [mixture_panel(training, ends, x, colors)] if len(training.sources) > 1 else []
     return Chart(
         summary=f"Training loss over {count(x.high)} tokens, from {rows[0]['loss']:.2f} to {rows[-1]['loss']:.2f}.",
         x_title="tokens trained",
         x_ticks=x.ticks(6, short_count),
-        panels=[panel, learning_rate_panel(rows, x), sequence_length_panel(training.stages, ends, x)],
+        panels=[panel, *mixture, sequence_length_panel(training.stages, ends, x), learning_rate_panel(rows, x)],
         legend=legend,
         readout=readout(training, "tokens", x, colors),
         bands=stage_bands(training.stages, ends, x),
+        marks=event_marks(training, x),
     )
 
 
@@ -139,6 +145,27 @@ def sequence_length_panel(stages: list[Row], ends: list[int], x: Scale) -> Panel
     return Panel("sequence length", height, [Line("track", INK, path(corners, x, y))], ticks)
 
 
+def mixture_panel(training: Training, ends: list[int], x: Scale, colors: dict[str, str]) -> Panel:
+    """Each source's share of the tokens, stacked, as far as the run has come."""
+    y = Scale(0, 1)
+    boxes: dict[str, str] = {}
+    for stage, start, end in zip(training.stages, [0, *ends], ends, strict=False):
+        total, below = sum(stage["shares"].values()), 0.0
+        for source in training.sources if start < x.high else ():
+            share = stage["shares"].get(source, 0) / total
+            drawn = box(start, min(end, x.high), below, below + share, x, y)
+            boxes[source] = boxes.get(source, "") + (drawn if share else "")
+            below += share
+    lines = [Line("area", colors.get(source, INK), drawn) for source, drawn in boxes.items()]
+    return Panel("mixture", "2.4rem", lines, [])
+
+
+def event_marks(training: Training, x: Scale) -> list[Mark]:
+    """Where something happened to the run; the newest of them where they are many."""
+    placed = [(training.tokens_at(row["step"]), row["event"] in BAD_EVENTS) for row in training.events[-MOST_MARKS:]]
+    return [Mark(round(100 * x.share(at), 2), bad) for at, bad in placed if x.low <= at <= x.high]
+
+
 def stage_bands(stages: list[Row], ends: list[int], x: Scale) -> list[Band]:
     """Where each stage lies on the x axis, as far as the run has come."""
     bands = []
@@ -161,6 +188,13 @@ def readout(training: Training, key: str, x: Scale, colors: dict[str, str]) -> R
         known = [bisect.bisect_right(places, row[key]) for row in rows]
         values = [f"{points[index - 1][1]:.3f}" if index else "" for index in known]
         series.append({"label": source, "color": colors.get(source, INK), "values": values})
+    happened: dict[int, str] = {}
+    for event in training.events[-MOST_MARKS:]:
+        nearest = min(range(len(rows)), key=lambda index: abs(rows[index]["step"] - event["step"]))
+        happened[nearest] = event["event"]
+    if happened:
+        events = [happened.get(index, "") for index in range(len(rows))]
+        series.append({"label": "event", "color": "var(--bad)", "values": events})
     rates = [short_scientific(row["learning_rate"]) for row in rows]
     series.append({"label": "learning rate", "color": "", "values": rates})
     if training.stages:

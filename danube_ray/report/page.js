@@ -41,3 +41,7 @@ for (const chart of document.querySelectorAll(".chart")) {
     if (move) { event.preventDefault(); show(cursor.hidden ? index : index + move); }
   });
 }
+
+// The page of an unfinished run reads itself again, unless the reader has something open in it.
+const { renewS } = document.body.dataset;
+if (renewS) setInterval(() => { if (!document.querySelector("details[open]")) location.reload(); }, 1000 * renewS);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -13,21 +14,36 @@ import jinja2
 from danube_ray.artifacts import write_atomically
 from danube_ray.report import units
 from danube_ray.report.figures import loss_by_step, loss_by_tokens
+from danube_ray.report.machine import machine_by_tokens
 from danube_ray.report.run import Row, RunArtifacts, Training, read_run
+from danube_ray.report.training import events, status, written
 
 HERE = Path(__file__).parent
 NUM_COLORS = 10
+RENEW_S = 30  # how often a browser reads the page of an unfinished run again
 POSTTRAINING_TITLES = {"sft": "Supervised fine-tuning", "dpo": "Direct preference optimisation"}
 
 
-def write_report(run_folder: Path) -> Path:
+def write_report(run_folder: Path, live: bool = False) -> Path:
     """Write `report.html` into a run folder from the artifacts in it, and return its path.
 
     The page is one file without any request: it opens from disk, light or dark, on a desktop or a phone. What the run
-    has not made is left out. Raises `ArtifactError` when the folder holds nothing to report or a file in it is torn.
+    has not made is left out. While a run is unfinished, or `live`, the page renews itself in the browser, so whoever
+    writes it again updates it. Raises `ArtifactError` when the folder holds nothing to report or a file in it is torn.
     """
-    run = read_run(run_folder)
-    environment = jinja2.Environment(
+    return render("page.html", page(read_run(run_folder), live), run_folder / "report.html")
+
+
+def render(template: str, values: dict[str, Any], path: Path) -> Path:
+    """Write one of this folder's templates, filled in, to `path`; every value is escaped."""
+    files = {"style": (HERE / "page.css").read_text(), "script": (HERE / "page.js").read_text()}
+    write_atomically(path, environment().get_template(template).render(values, **files))
+    return path
+
+
+@functools.cache
+def environment() -> jinja2.Environment:
+    made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -35,24 +51,28 @@ def write_report(run_folder: Path) -> Path:
         lstrip_blocks=True,
     )
     for name in ("count", "short_count", "size", "duration", "decimal", "measured", "percent"):
-        environment.filters[name] = getattr(units, name)
-    path = run_folder / "report.html"
-    write_atomically(path, environment.get_template("page.html").render(page(run)))
-    return path
+        made.filters[name] = getattr(units, name)
+    return made
 
 
-def page(run: RunArtifacts) -> dict[str, Any]:
+def page(run: RunArtifacts, live: bool = False) -> dict[str, Any]:
     """Everything that the template shows; a section that is empty or None is left out."""
     colors = {source: f"var(--c{index % NUM_COLORS})" for index, source in enumerate(run.sources)}
     entropy = run.perplexity.get("unigram_entropy")
     training = run.pretraining
+    shown = training or next(iter(run.posttraining.values()), None)
     return {
         "run": run,
         "colors": colors,
         "summary": summary(run),
         "headline": headline(run),
+        "status": status(shown, live) if shown else None,
+        "renew_s": RENEW_S,
         "steps": steps(run),
         "loss_figure": loss_by_tokens(training, colors, entropy) if training else None,
+        "machine_figure": machine_by_tokens(training) if training else None,
+        "events": events(shown) if shown else {},
+        "written": written(shown) if shown else {},
         "mixture": mixture(training, run.mixture) if training else [],
         "curation": curation(run.curation),
         "posttraining": [
@@ -64,8 +84,6 @@ def page(run: RunArtifacts) -> dict[str, Any]:
         "search": search(run.trials),
         "provenance": run.provenance,
         "configs": {name: json.dumps(config, indent=2) for name, config in run.configs.items()},
-        "style": (HERE / "page.css").read_text(),
-        "script": (HERE / "page.js").read_text(),
     }
 
 
@@ -76,13 +94,13 @@ def summary(run: RunArtifacts) -> str:
         return f"{' and '.join(names)}." if names else ""
     parameters = run.pretraining.num_parameters
     model = f"A model of {units.count(parameters)} parameters" if parameters else "A model"
-    stages = len(run.pretraining.stages)
-    tokens = units.short_count(run.pretraining.train[-1]["tokens"])
-    sources = len(run.pretraining.sources)
-    return (
-        f"{model}, trained on {tokens} tokens of {sources} source{'s' * (sources != 1)} "
-        f"in {stages} stage{'s' * (stages != 1)}."
-    )
+    stages, sources = len(run.pretraining.stages), len(run.pretraining.sources)
+    tokens = f"{units.short_count(run.pretraining.train[-1]['tokens'])} tokens"
+    if run.pretraining.unfinished:
+        planned = sum(stage["tokens"] for stage in run.pretraining.stages)
+        tokens = f"{tokens} so far of {units.short_count(planned)},"
+    origin = f"{sources} source{'s' * (sources != 1)} in {stages} stage{'s' * (stages != 1)}"
+    return f"{model}, trained on {tokens} of {origin}."
 
 
 def headline(run: RunArtifacts) -> list[tuple[str, str, str]]:
@@ -104,6 +122,8 @@ def headline(run: RunArtifacts) -> list[tuple[str, str, str]]:
         )
         if speeds:
             tiles.append(("speed", f"{units.count(speeds[len(speeds) // 2])}/s", "tokens, median of steps"))
+        if used := sorted(row["mfu"] for row in training.train if row.get("mfu")):
+            tiles.append(("utilisation", units.percent(used[len(used) // 2]), "model FLOP of the bf16 peak"))
     if run.steps:
         total_s = sum(step.get("seconds") or 0 for step in run.steps)
         skipped = sum(bool(step.get("skipped")) for step in run.steps)

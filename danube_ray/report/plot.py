@@ -19,7 +19,7 @@ Tick = tuple[float, str]
 
 @dataclass(frozen=True)
 class Line:
-    """One drawn series: `kind` is a class of the style sheet (raw, smooth, joined, dots, step, reference)."""
+    """One drawn series: `kind` is a class of the style sheet (raw, smooth, joined, dots, track, area, reference)."""
 
     kind: str
     color: str
@@ -48,6 +48,14 @@ class Band:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """Something that happened at one place of the x axis, in per cent of its width. `bad` marks stand out."""
+
+    at: float
+    bad: bool
+
+
+@dataclass(frozen=True)
 class Readout:
     """What the cursor says at each of some x positions (0 to 1): a head line, and a value for each series."""
 
@@ -67,6 +75,7 @@ class Chart:
     legend: list[tuple[str, str, str]]
     readout: Readout
     bands: list[Band] = field(default_factory=list)
+    marks: list[Mark] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -141,6 +150,11 @@ def sample(count: int, most: int) -> list[int]:
 def path(points: Sequence[Point], x: Scale, y: Scale) -> str:
     """The SVG path through points in data coordinates."""
     return "".join(f"{'L' if index else 'M'}{_place(point, x, y)}" for index, point in enumerate(points))
+
+
+def box(left: float, right: float, low: float, high: float, x: Scale, y: Scale) -> str:
+    """A closed rectangle in data coordinates."""
+    return path([(left, low), (left, high), (right, high), (right, low)], x, y) + "Z"
 
 
 def dots(points: Sequence[Point], x: Scale, y: Scale) -> str:

@@ -20,11 +20,17 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Training:
-    """One run of the training loop: its resolved configuration and the rows it logged, one a step."""
+    """One run of the training loop: its resolved configuration, and what it logged, in the order of its steps.
+
+    `guard` compares FP8 with bf16, `events` say what happened to the run, `samples` what the model wrote.
+    """
 
     config: Row
     train: list[Row]
     validation: list[Row]
+    guard: list[Row] = field(default_factory=list)
+    events: list[Row] = field(default_factory=list)
+    samples: list[Row] = field(default_factory=list)
 
     @property
     def stages(self) -> list[Row]:
@@ -35,6 +41,20 @@ class Training:
     def sources(self) -> list[str]:
         """Every source of the stages."""
         return list(dict.fromkeys(source for stage in self.stages for source in stage["shares"]))
+
+    @property
+    def num_steps(self) -> int | None:
+        """Steps of the whole run as planned; fine-tuning's configuration doesn't say."""
+        batch_tokens = self.config.get("global_batch_tokens")
+        return round(sum(stage["tokens"] for stage in self.stages) / batch_tokens) if batch_tokens else None
+
+    @property
+    def unfinished(self) -> bool:
+        return self.num_steps is not None and self.train[-1]["step"] < self.num_steps
+
+    def tokens_at(self, step: int) -> float:
+        """Tokens trained after `step` steps: the batch stays constant."""
+        return step * self.train[-1]["tokens"] / self.train[-1]["step"]
 
     @property
     def num_parameters(self) -> int | None:
@@ -112,10 +132,17 @@ def optional(path: Path, missing: Any) -> Any:
 def read_training(folder: Path) -> Training | None:
     """The training run in `folder`, or None where none has logged a step."""
     rows = read_json_lines(folder / "metrics.jsonl")
-    train, validation = rows_by_step(rows, "train"), rows_by_step(rows, "validation")
+    train, validation, guard = (rows_by_step(rows, kind) for kind in ("train", "validation", "guard"))
     if not train:
         return None
-    return Training(config=optional(folder / "config.json", {}), train=train, validation=validation)
+    return Training(
+        config=optional(folder / "config.json", {}),
+        train=train,
+        validation=validation,
+        guard=guard,
+        events=read_json_lines(folder / "events.jsonl"),
+        samples=read_json_lines(folder / "samples.jsonl"),
+    )
 
 
 def rows_by_step(rows: list[Row], kind: str) -> list[Row]:

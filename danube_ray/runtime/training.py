@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
+import threading
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import ray
 import ray.train
@@ -24,23 +27,46 @@ from danube_ray.artifacts import (
     provenance,
     read_json,
     require_space,
+    write_atomically,
     write_json,
 )
-from danube_ray.config import DpoConfig, FinetuneConfig, LoopConfig, OptimizerConfig, RunConfig, require, to_dict
+from danube_ray.config import (
+    ConfigError,
+    DpoConfig,
+    FinetuneConfig,
+    LoopConfig,
+    OptimizerConfig,
+    RunConfig,
+    require,
+    to_dict,
+)
 from danube_ray.data.windows import MixtureReader
 from danube_ray.model.huggingface import load_config
 from danube_ray.runtime.session import session
 from danube_ray.runtime.streaming import RankStreams, read_stream, steps_dataset
-from danube_ray.train.checkpoint import STATE, checkpoint_folder, newest_verified, step_of
+from danube_ray.train.checkpoint import (
+    checkpoint_folder,
+    newest_committed,
+    newest_verified,
+    require_equal,
+    require_identity,
+    step_of,
+)
+from danube_ray.train.faults import Events, RunStopped, TrainingDiverged
 from danube_ray.train.loop import fit
 from danube_ray.train.pretrain import PretrainTask
 from danube_ray.train.progress import Progress
 from danube_ray.train.protocol import Batch, StepReader, Task
+from danube_ray.train.tracking import check_tracker
 
 MakeTask = Callable[[], Task]
 STREAM = "steps"
-PATHS = {"output_dir", "tokens_dir", "base", "data"}
-PLACES = {"name", "kind", *PATHS}
+STOP = "stop"  # a file in the run's folder: what it says is why the run should save and end
+PATHS = {"output_dir", "tokens_dir", "base", "data", "init_from", "tokenizer"}
+# Settings, at any depth, that say where, how often or how much at once, and nothing of what comes out. Paths are known
+# by the content behind them (`Task.identity`).
+FREE = {"name", "kind", "micro_batch_size", "max_epochs", "validation_windows", "sample_prompts", *PATHS}
+DECISIVE_LOOP = ("precision", "fp8_scaling", "seed")
 ConfigT = TypeVar("ConfigT", RunConfig, FinetuneConfig, DpoConfig)
 CHECKPOINT_BYTES = 12  # a parameter: its float32 master weight and AdamW's two moments
 
@@ -48,17 +74,30 @@ CHECKPOINT_BYTES = 12  # a parameter: its float32 master weight and AdamW's two 
 class RayContext:
     """The loop's `Context` inside a Ray Train worker."""
 
-    def __init__(self) -> None:
+    def __init__(self, run_folder: Path) -> None:
         context = ray.train.get_context()
         self.rank = context.get_world_rank()
         self.world_size = context.get_world_size()
         self.device = get_device()
+        self.stop_file = run_folder / STOP
+        self.noticed: set[str] = set()
 
     def batches(self, reader: StepReader, start_step: int) -> Iterator[tuple[int, Batch]]:
         """Ray Data's stream; it was started from the same checkpoint, which the loop verifies with the first step."""
         shard = ray.train.get_dataset_shard(STREAM)
         assert shard is not None  # the trainer was given the stream
         return read_stream(shard)
+
+    def stop_requested(self) -> str | None:
+        """What the driver left in the run's folder; rank 0 looks for all, once a step."""
+        found = self.rank == 0 and self.stop_file.is_file()
+        return self.stop_file.read_text() if found else None
+
+    def preemption_notice(self) -> str | None:
+        info = ray.train.get_preemption_info()
+        new = set(info.preempted_node_ids) - self.noticed if info else set()
+        self.noticed |= new
+        return f"Ray takes away node {', '.join(sorted(new))}" if new else None
 
     def report(self, metrics: dict[str, Any]) -> None:
         """The checkpoint is committed on storage already: Ray learns its metrics, and the ranks wait for each other."""
@@ -99,16 +138,17 @@ def train(
     """Run the loop under Ray Train until the task's last step is committed, restarting workers that die.
 
     A finished run returns at once; a stopped one goes on from its newest verified checkpoint, after a worker's death,
-    the driver's or the cluster's. Raises what the loop raised, once `max_restarts` are used up.
+    the driver's or the cluster's. On SIGTERM it saves and raises `RunStopped`. Raises what the loop raised, once
+    `max_restarts` are used up; what trying again can't mend is raised at once.
     """
     folder = Path(config.output_dir) / config.name
+    check_tracker(settings.tracker)
     task = make_task()  # reads the data's manifests: whatever is wrong with them is said before a worker starts
-    decisive = identity(to_dict(config))
-    inputs = {"config": decisive, "data": task.data_hash}
+    inputs = {"settings": settings_identity(to_dict(config)), "task": task.identity}
     last = checkpoint_folder(folder / "checkpoints", task.reader.num_steps)
     if finished(folder, inputs):
         return last
-    require_same_run(folder, decisive, task.data_hash)
+    require_same_run(folder, **inputs)
     trained = config.model.num_parameters if isinstance(config, RunConfig) else base_parameters(config)
     kept = settings.keep_checkpoints + 1  # the next one is written before the oldest goes
     require_space(folder, kept * CHECKPOINT_BYTES * trained, f"keeping {settings.keep_checkpoints} checkpoints")
@@ -116,16 +156,45 @@ def train(
     write_json(folder / "provenance.json", provenance())
     with session(), (progress or Progress()).follow(folder, task.reader.num_steps, task.name):
         require_capacity(settings)
-        trainer(make_task, task.reader, folder, optimizer, settings).fit()
+        with stop_on_sigterm(folder):
+            trainer(make_task, task.reader, folder, optimizer, settings).fit()
+    if not (last / MANIFEST).is_file():
+        raise_ending(folder)
     # What lies here is told by its inputs: the checkpoints have manifests of hashes of their own.
     write_json(folder / MANIFEST, {"inputs": content_hash(inputs), "files": {}})
     return last
 
 
+@contextmanager
+def stop_on_sigterm(folder: Path) -> Iterator[None]:
+    """Turn SIGTERM into a wish that the workers see: they save, and end as if the run were over."""
+    stop = folder / STOP
+    stop.unlink(missing_ok=True)
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: write_atomically(stop, signal.Signals(number).name))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        stop.unlink(missing_ok=True)
+
+
+def raise_ending(folder: Path) -> NoReturn:
+    """Raise why the workers ended in peace before the last step: the newest event says so."""
+    newest = Events(folder).read()[-1]
+    error = {"stopped": RunStopped, "diverged": TrainingDiverged, "refused": ArtifactError}.get(
+        newest["event"], RuntimeError
+    )
+    raise error(f"{folder} at step {newest['step'] + 1}: {newest['detail']}")
+
+
 def located(config: ConfigT) -> ConfigT:
     """The configuration with absolute paths: a worker runs in a folder of its own."""
     fields = {field.name for field in dataclasses.fields(config)}
-    return dataclasses.replace(config, **{name: str(Path(getattr(config, name)).resolve()) for name in PATHS & fields})
+    paths = {name: path for name in PATHS & fields if (path := getattr(config, name)) is not None}
+    return dataclasses.replace(config, **{name: str(Path(path).resolve()) for name, path in paths.items()})
 
 
 def base_parameters(config: FinetuneConfig) -> int:
@@ -133,40 +202,31 @@ def base_parameters(config: FinetuneConfig) -> int:
     return 0 if config.lora else load_config(Path(config.base)).num_parameters
 
 
-def identity(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide what a run produces, without those that only say where and how often.
-
-    Data, and a base to start from, are known by their content (`Task.data_hash`), not by where they lie.
-    """
-    decisive = {name: value for name, value in settings.items() if name not in PLACES}
-    decisive["loop"] = {name: settings["loop"][name] for name in ("precision", "seed")}
-    return decisive
+def settings_identity(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide what a run produces, as JSON has them."""
+    decisive = {**settings, "loop": {name: settings["loop"].get(name) for name in DECISIVE_LOOP}}
+    return json.loads(json.dumps(decisive), object_hook=lambda part: {k: v for k, v in part.items() if k not in FREE})
 
 
-def require_same_run(folder: Path, decisive: dict[str, Any], data_hash: str) -> None:
+def require_same_run(folder: Path, settings: dict[str, Any], task: dict[str, Any]) -> None:
     """Raise `ArtifactError` where the folder holds checkpoints of a run with other settings or data."""
-    newest = newest_verified(folder / "checkpoints")
+    newest = newest_committed(folder / "checkpoints")
     if newest is None:
         return
-    now = {**json.loads(json.dumps(decisive)), "data": data_hash}  # as the file has it: tuples are lists
+    require_identity(newest, task)
     file = folder / "config.json"  # not there when the loop ran without Ray, on its caller's word
-    before = {**(identity(read_json(file)) if file.is_file() else now), "data": read_json(newest / STATE)["data_hash"]}
-    changed = sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
-    if changed:
-        raise ArtifactError(
-            f"{folder} holds a run with other settings ({', '.join(changed)}): "
-            "give this one another name, or remove that folder"
-        )
+    if file.is_file():
+        require_equal(folder, settings_identity(read_json(file)), settings)
 
 
 def require_capacity(settings: LoopConfig) -> None:
     """Refuse a run that would wait for ever: workers take CPUs, and the stream needs one beside them."""
     total = ray.cluster_resources().get("CPU", 0)
-    needed = settings.num_workers * settings.cpus_per_worker + 1
+    least = settings.min_workers or settings.num_workers
     require(
-        needed <= total,
-        "LoopConfig.num_workers",
-        settings.num_workers,
+        least * settings.cpus_per_worker + 1 <= total,
+        "LoopConfig.min_workers" if settings.min_workers else "LoopConfig.num_workers",
+        least,
         f"at most {int((total - 1) // settings.cpus_per_worker)} on this cluster of {total:g} CPUs",
         "each worker takes cpus_per_worker, and one CPU is left for the stream",
     )
@@ -176,12 +236,19 @@ def trainer(
     make_task: MakeTask, reader: StepReader, folder: Path, optimizer: OptimizerConfig, settings: LoopConfig
 ) -> TorchTrainer:
     """The trainer of one launch. Ray's bookkeeping gets a new name each time: resuming is the checkpoints' affair."""
-    on_gpu = ray.cluster_resources().get("GPU", 0) >= settings.num_workers
+    least, most = settings.min_workers or settings.num_workers, settings.num_workers
+    on_gpu = ray.cluster_resources().get("GPU", 0) >= least
     # Deaths are noticed at the next poll (2 s by default); Ray carries these variables to its controller.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
     def work() -> None:
-        fit(make_task(), folder, settings, optimizer, RayContext())
+        context = RayContext(folder)
+        try:
+            fit(make_task(), folder, settings, optimizer, context)
+        except TrainingDiverged:  # the same on every rank and every time: no restart mends it
+            return
+        except ConfigError as refused:
+            Events(folder, writes=context.rank == 0).write("refused", 0, str(refused))
 
     def remaining_steps() -> Dataset:
         """What Ray Train evaluates whenever workers (re)start."""
@@ -193,7 +260,7 @@ def trainer(
         dataset_config=RankStreams(reader),
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=600),
         scaling_config=ScalingConfig(
-            num_workers=settings.num_workers,
+            num_workers=most if least == most else (least, most),
             use_gpu=on_gpu,
             resources_per_worker={"CPU": settings.cpus_per_worker, **({"GPU": 1} if on_gpu else {})},
         ),

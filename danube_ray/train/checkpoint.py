@@ -1,14 +1,16 @@
 """Checkpoints: safetensors and JSON, committed by a manifest of hashes that is written last. No pickle.
 
 A folder `step-00000050` holds `model.safetensors` (the trainable weights in float32, which are the master weights),
-`optimizer-00000.safetensors` (AdamW's moments, keyed by parameter name, so that they fit any number of workers) and
-`state.json`. A folder without its manifest, or with a file that the manifest doesn't describe, was never committed.
+`optimizer-00000.safetensors` (AdamW's moments, keyed by parameter name, so that they fit any strategy and number of
+workers), `fp8.safetensors` (FP8's scales, where delayed scaling keeps any) and `state.json`. A folder without its
+manifest, or with a file that the manifest doesn't describe, was never committed.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,25 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from danube_ray.artifacts import ArtifactError, commit, damage, read_json, write_json
+from danube_ray.artifacts import MANIFEST, ArtifactError, commit, damage, first_difference, read_json, write_json
 
-MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer-00000.safetensors", "state.json"
+MODEL, OPTIMIZER, FP8, STATE = "model.safetensors", "optimizer-00000.safetensors", "fp8.safetensors", "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint holds: weights by name, moments as `NAME.exp_avg` and `NAME.exp_avg_sq`, FP8 scales, and state.
+
+    `state` has at least `step` (steps done), `updates` (steps that changed the weights) and `identity` (`Task`).
+    """
+
+    weights: Tensors
+    moments: Tensors
+    scales: Tensors
+    state: dict[str, Any]
 
 
 def checkpoint_folder(checkpoints: Path, step: int) -> Path:
@@ -34,11 +51,26 @@ def checkpoint_steps(checkpoints: Path) -> list[int]:
 
 def newest_verified(checkpoints: Path) -> Path | None:
     """The newest checkpoint whose every file matches its manifest. What the stream and the workers both start from."""
+    return verified(checkpoints)[0]
+
+
+def verified(checkpoints: Path) -> tuple[Path | None, dict[int, str]]:
+    """The newest verified checkpoint, and by step what is wrong with the newer ones that were passed over."""
+    passed_over: dict[int, str] = {}
     for step in reversed(checkpoint_steps(checkpoints)):
         folder = checkpoint_folder(checkpoints, step)
-        if damage(folder) is None:
-            return folder
-    return None
+        wrong = damage(folder)
+        if wrong is None:
+            return folder, passed_over
+        passed_over[step] = wrong
+    return None, passed_over
+
+
+def newest_committed(checkpoints: Path) -> Path | None:
+    """The newest checkpoint with a manifest, its files not read: for what its state says, not to start from."""
+    steps = reversed(checkpoint_steps(checkpoints))
+    folders = (checkpoint_folder(checkpoints, step) for step in steps)
+    return next((folder for folder in folders if (folder / MANIFEST).is_file()), None)
 
 
 def step_of(checkpoint: Path | None) -> int:
@@ -46,56 +78,53 @@ def step_of(checkpoint: Path | None) -> int:
     return int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
 
 
-def trainable_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The trainable parameters by name, on the CPU."""
-    return {name: p.detach().cpu().contiguous() for name, p in module.named_parameters() if p.requires_grad}
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-def save(checkpoints: Path, module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
-    """Write and commit the checkpoint of `state["step"]`. One rank calls it: all hold the same."""
-    folder = checkpoint_folder(checkpoints, state["step"])
+def write(checkpoints: Path, snapshot: Snapshot) -> Path:
+    """Write and commit the checkpoint of `snapshot.state["step"]`. One rank calls it."""
+    folder = checkpoint_folder(checkpoints, snapshot.state["step"])
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    save_file(trainable_state(module), folder / MODEL)
-    moments = {
-        f"{name}.{moment}": optimizer.state[parameter][moment].cpu().contiguous()
-        for name, parameter in module.named_parameters()
-        if parameter in optimizer.state
-        for moment in MOMENTS
-    }
-    save_file(moments, folder / OPTIMIZER)
-    write_json(folder / STATE, state)
+    save_file(snapshot.weights, folder / MODEL)
+    save_file(snapshot.moments, folder / OPTIMIZER)
+    if snapshot.scales:
+        save_file(snapshot.scales, folder / FP8)
+    write_json(folder / STATE, snapshot.state)
     commit(folder)
     return folder
 
 
-def restore(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, data_hash: str) -> dict[str, Any]:
-    """Load weights and moments in place and return the state.
+def read(folder: Path, names: set[str]) -> Snapshot:
+    """The checkpoint in `folder`; `ArtifactError` when its trainable parameters are not those of these `names`."""
+    weights, moments = load_file(folder / MODEL), load_file(folder / OPTIMIZER)
+    if weights.keys() != names:
+        different = sorted(weights.keys() ^ names)[:3]
+        raise ArtifactError(f"{folder} holds other parameters than the model, such as {', '.join(different)}")
+    scales = load_file(folder / FP8) if (folder / FP8).is_file() else {}
+    return Snapshot(weights, moments, scales, read_json(folder / STATE))
 
-    Raises `ArtifactError` when the checkpoint's data order is not `data_hash` or its parameters are not the module's.
-    """
-    state = read_json(folder / STATE)
-    if state["data_hash"] != data_hash:
+
+def require_identity(folder: Path, identity: dict[str, Any]) -> None:
+    """Raise `ArtifactError` for a checkpoint of another model, plan or tokenizer, with the first field that differs."""
+    require_equal(folder, read_json(folder / STATE)["identity"], identity)
+
+
+def require_equal(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise `ArtifactError` where what `folder` was made with is not what is asked for now."""
+    difference = first_difference(before, now)
+    if difference is not None:
+        field, was, is_now = difference
         raise ArtifactError(
-            f"{folder} saw other data, or in another order (hash {state['data_hash'][:12]}, now {data_hash[:12]}): "
+            f"{folder} was made with {field} = {was!r}, this run has {is_now!r}: "
             "give this run another name, or remove that folder"
         )
-    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    weights, moments = load_file(folder / MODEL), load_file(folder / OPTIMIZER)
-    if weights.keys() != parameters.keys():
-        different = sorted(weights.keys() ^ parameters.keys())[:3]
-        raise ArtifactError(f"{folder} holds other parameters than the model, such as {', '.join(different)}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(state["step"]), dtype=torch.float32, device=parameter.device),
-                **{moment: moments[f"{name}.{moment}"].to(parameter.device) for moment in MOMENTS},
-            }
-    return state
 
 
-def keep_newest(checkpoints: Path, count: int) -> None:
-    """Remove all but the newest `count` checkpoints."""
+def keep_newest(checkpoints: Path, count: int, milestone_every_steps: int = 0) -> None:
+    """Remove all but the newest `count` checkpoints and those at multiples of `milestone_every_steps`."""
     for step in checkpoint_steps(checkpoints)[:-count]:
-        shutil.rmtree(checkpoint_folder(checkpoints, step), ignore_errors=True)
+        if not milestone_every_steps or step % milestone_every_steps:
+            shutil.rmtree(checkpoint_folder(checkpoints, step), ignore_errors=True)

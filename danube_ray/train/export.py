@@ -10,25 +10,28 @@ import torch
 from safetensors.torch import load_file
 
 from danube_ray.artifacts import MANIFEST, complete_once, file_hash, read_json
-from danube_ray.config import ModelConfig
+from danube_ray.config import ModelConfig, RunConfig, StageConfig
 from danube_ray.model.huggingface import export_model
 from danube_ray.train.checkpoint import MODEL
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
+def write_model(
+    state: dict[str, torch.Tensor], model: ModelConfig, tokenizer: Path, folder: Path, dtype: torch.dtype
+) -> None:
+    """Write weights, configuration and the tokenizer's files to `folder`."""
+    export_model(state, model, folder, dtype)
+    for name in TOKENIZER_FILES:
+        if (tokenizer / name).is_file():
+            shutil.copy(tokenizer / name, folder / name)
+
+
 def export_state(
     state: dict[str, torch.Tensor], model: ModelConfig, tokenizer: Path, out: Path, inputs: Any, dtype: torch.dtype
 ) -> Path:
-    """Write weights and the tokenizer's files to `out`, once for the same `inputs`."""
-
-    def write(folder: Path) -> None:
-        export_model(state, model, folder, dtype)
-        for name in TOKENIZER_FILES:
-            if (tokenizer / name).is_file():
-                shutil.copy(tokenizer / name, folder / name)
-
-    complete_once(out, inputs, write)
+    """Write a model folder to `out`, once for the same `inputs`."""
+    complete_once(out, inputs, lambda folder: write_model(state, model, tokenizer, folder, dtype))
     return out
 
 
@@ -41,5 +44,11 @@ def export_checkpoint(
 
 
 def model_of_run(run_folder: Path) -> ModelConfig:
-    """The model that a pretraining run trains, from the configuration it stored."""
-    return ModelConfig(**read_json(run_folder / "config.json")["model"])
+    """The model as a pretraining run's last stage leaves it, from the configuration that the run stored."""
+    stored = read_json(run_folder / "config.json")
+    return RunConfig(
+        name=stored["name"],
+        model=ModelConfig(**stored["model"]),
+        stages=tuple(StageConfig(**stage) for stage in stored["stages"]),
+        global_batch_tokens=stored["global_batch_tokens"],
+    ).final_model

@@ -27,11 +27,19 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
 
 
 def learning_rate_at(step: int, num_steps: int, config: OptimizerConfig) -> float:
-    """Learning rate of `step` (0-based): linear warm-up, then cosine to the minimum at the last step (or constant)."""
+    """Learning rate of `step` (0-based): linear warm-up, then the schedule, from the peak to the minimum at the end.
+
+    Cosine falls all the way; wsd holds the peak and falls linearly over the last `decay_fraction` of all steps, or
+    over what the warm-up leaves of them; constant never falls.
+    """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return config.learning_rate
-    progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return config.min_learning_rate + cosine * (config.learning_rate - config.min_learning_rate)
+    steps_after_warmup = max(1, num_steps - config.warmup_steps)
+    left = max(0, num_steps - step)
+    if config.schedule == "cosine":
+        height = 0.5 * (1 - math.cos(math.pi * left / steps_after_warmup))
+    elif config.schedule == "wsd":
+        height = min(1.0, left / min(steps_after_warmup, max(1, round(config.decay_fraction * num_steps))))
+    else:
+        height = 1.0
+    return config.min_learning_rate + height * (config.learning_rate - config.min_learning_rate)

@@ -76,4 +76,5 @@ def newest_step(metrics: Path) -> dict[str, Any] | None:
 
 def describe(row: dict[str, Any]) -> str:
     """A metrics line in a few words."""
-    return f"{row.get('stage', '')} loss {row['loss']:.3f} · {row['tokens_per_s']:,.0f} tokens/s".strip()
+    used = f" · {row['mfu']:.1%} MFU" if "mfu" in row else ""
+    return f"{row.get('stage', '')} loss {row['loss']:.3f} · {row['tokens_per_s']:,.0f} tokens/s{used}".strip()

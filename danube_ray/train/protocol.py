@@ -93,7 +93,14 @@ class Context(Protocol):
         ...
 
     def stop_requested(self) -> str | None:
-        """Why this process should save and end now (a signal, a preemption notice), or None. Cheap; asked each step."""
+        """Why the run should save and end now, such as a signal to this process, or None. Cheap: asked each step."""
+        ...
+
+    def preemption_notice(self) -> str | None:
+        """A notice, new since the last call, that a node is about to be taken away, or None.
+
+        Every rank calls it at the same step and gets the same answer. The run saves, and goes on until it dies.
+        """
         ...
 
     def report(self, metrics: dict[str, Any]) -> None:

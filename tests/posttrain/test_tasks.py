@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,6 @@ from danube_ray.posttrain.dpo import DpoTask
 from danube_ray.posttrain.finetune import export
 from danube_ray.posttrain.lora import add_adapters, merge
 from danube_ray.posttrain.sft import SftTask
-from danube_ray.train.checkpoint import trainable_state
 from danube_ray.train.context import LocalContext
 from danube_ray.train.loop import fit
 from danube_ray.train.metrics import METRICS
@@ -108,8 +108,8 @@ def test_sft_learns_and_its_export_opens_in_transformers(base, conversations, tm
 
 def test_adapters_alone_are_trained_and_merge_into_the_same_function(base):
     model = add_adapters(load_model(base), LoraConfig(rank=4, alpha=16))
-    names = trainable_state(model)
-    assert names and all("lora_" in name for name in names)
+    state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    assert state and all("lora_" in name for name in state)
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -117,7 +117,6 @@ def test_adapters_alone_are_trained_and_merge_into_the_same_function(base):
                 nn.init.normal_(parameter, std=0.02)
     tokens = torch.arange(3, 40)[None]
     adapted = model(tokens)
-    state = trainable_state(model)
     fresh = load_model(base)
     plain = load_model(base)
     plain.load_state_dict(merge(add_adapters(fresh, LoraConfig(rank=4, alpha=16)), state))
@@ -179,3 +178,26 @@ def test_dpo_without_adapters_is_refused_with_its_reason():
 def test_a_base_that_is_no_model_is_one_error(tmp_path, conversations):
     with pytest.raises(ConfigError):
         SftTask(sft_config(tmp_path, conversations, tmp_path))
+
+
+def test_a_task_is_known_by_its_base_its_adapters_and_its_examples(base, conversations, pairs, tmp_path):
+    config = sft_config(base, conversations, tmp_path)
+    identity = SftTask(config).identity
+    assert json.loads(json.dumps(identity)) == identity
+    assert identity["model"]["hidden_size"] == 128 and identity["lora"] is None
+    copy, shorter = shutil.copytree(base, tmp_path / "copy"), tmp_path / "shorter.jsonl"
+    shorter.write_text("".join(conversations.read_text().splitlines(keepends=True)[1:]))
+    tiny_model(tmp_path / "other", seed=1)
+
+    def changed(**changes) -> list[str]:
+        now = SftTask(dataclasses.replace(config, **changes)).identity
+        return [name for name in identity if identity[name] != now[name]]
+
+    assert changed(base=str(copy), name="again", micro_batch_size=1) == []
+    assert changed(base=str(tmp_path / "other")) == ["base"]
+    assert changed(lora=LoraConfig()) == ["lora"]
+    assert changed(data=str(shorter)) == ["data"]
+    assert changed(batch_size=4) == ["plan", "data"]
+    dpo = dpo_config(base, pairs, tmp_path)
+    sharper = DpoTask(dataclasses.replace(dpo, beta=0.5)).identity
+    assert [name for name, value in DpoTask(dpo).identity.items() if value != sharper[name]] == ["beta"]

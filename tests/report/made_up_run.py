@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from pathlib import Path
@@ -80,6 +81,15 @@ SAMPLES = (
     ),
     ("Write the signature of a function that returns the length of a list.", "len(obj, /)"),
 )
+EVENTS = (
+    (40, "stopped", "asked to stop: signal SIGTERM"),
+    (61, "rollback", "loss nan and gradient norm nan"),
+    (61, "skip", "loss nan and gradient norm nan"),
+)
+CONTINUATIONS = (
+    ("The licence grants", " you the right to use, copy and modify the software, provided that this notice is kept"),
+    ("def main():", "\n    parser = argparse.ArgumentParser()\n    parser.add_argument('--out')"),
+)
 VERSIONS = {"danube-ray": "0.1.0", "torch": "2.13.0", "ray": "2.60.0", "transformers": "5.23.0", "gguf": "0.19.0"}
 
 
@@ -94,34 +104,62 @@ def train_row(step: int, loss: float, learning_rate: float, **changed: Any) -> d
         "sequence_length": stage.sequence_length,
         "loss": loss,
         "learning_rate": learning_rate,
-        "grad_norm": 1.0,
+        "grad_norm": math.exp(random.gauss(-0.4, 0.25)),
         "tokens_per_s": random.gauss(21_000, 600),
-        "data_wait_share": 0.004,
+        "data_wait_share": abs(random.gauss(0.004, 0.002)),
         "step_s": 0.39,
         "time": 1_763_769_600 + step,
     }
     return {**row, **changed}
 
 
-def write_pretraining(folder: Path) -> None:
-    """Three stages, logged every step and validated every twenty, with noise and one spike."""
+def write_pretraining(folder: Path, steps: int = RUN.num_steps) -> None:
+    """Three stages, logged every step and validated every twenty, noise and a spike; or the first of their steps."""
     random.seed(7)
     peak, low, warmup = RUN.optimizer.learning_rate, RUN.optimizer.min_learning_rate, RUN.optimizer.warmup_steps
     rows = []
-    for step in range(1, RUN.num_steps + 1):
+    for step in range(1, steps + 1):
         progress = (step - warmup) / (RUN.num_steps - warmup)
         rate = peak * step / warmup if step < warmup else low + (peak - low) * (1 + math.cos(math.pi * progress)) / 2
         mean = 3.55 + 4.1 * math.exp(-step / 14) + 0.75 * math.exp(-step / 70) - 0.1 * RUN.stage_at(step - 1)
         spike = 0.5 if step in (61, 62) else 0.0
         row = train_row(step, mean + spike + random.gauss(0, 0.06), rate)
         rows.append(row)
-        if step % 20 == 0 or step == RUN.num_steps:
+        if step % 20 == 0 or step == steps:
             by_source = {source: mean + gap for source, gap in zip(SOURCES, (-0.35, 0.12, 0.3), strict=True)}
             where = {key: row[key] for key in ("step", "tokens", "stage")}
             rows.append({"kind": "validation", **where, "loss": sum(by_source.values()) / 3, "by_source": by_source})
     folder.mkdir(parents=True)
     append_json_lines(folder / "metrics.jsonl", rows)
     write_json(folder / "config.json", to_dict(RUN))
+
+
+def write_gpu_run(folder: Path, steps: int) -> None:
+    """A run on GPUs as far as `steps`: utilisation, memory, network, FP8's guard, events and samples as well."""
+    write_pretraining(folder, steps)
+    metrics = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for row in rows:
+        if row["kind"] == "train":
+            slower = 1 - 0.04 * RUN.stage_at(row["step"] - 1)
+            row["tokens_per_s"] = random.gauss(455_000, 2_500) * slower
+            row["mfu"] = row["tokens_per_s"] / 455_000 * 0.52
+            row["memory_bytes"] = 61.2e9 if row["step"] < 40 else 66.8e9
+            row["communication_share"] = abs(random.gauss(0.031, 0.004))
+            row["grad_norm"] *= 14 if row["step"] in (61, 62) else 1
+    guard = [
+        {"kind": "guard", "step": step, "loss": 3.0, "loss_bf16": 2.98, "gap": random.gauss(0.003, 0.002)}
+        for step in range(10, steps, 10)
+    ]
+    metrics.write_text("")
+    append_json_lines(metrics, rows + guard)
+    append_json_lines(folder / "events.jsonl", [
+        {"time": 1_763_769_600 + step, "step": step, "event": event, "detail": detail} for step, event, detail in EVENTS
+    ])  # fmt: skip
+    append_json_lines(folder / "samples.jsonl", [
+        {"step": step, "tokens": step * RUN.global_batch_tokens, "prompt": prompt, "continuation": f"{text} ({step})"}
+        for step in range(20, steps + 1, 20) for prompt, text in CONTINUATIONS
+    ])  # fmt: skip
 
 
 def write_finetuning(folder: Path, config: FinetuneConfig, start: float, end: float, steps: int) -> None:

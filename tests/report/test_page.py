@@ -15,7 +15,16 @@ from danube_ray.artifacts import ArtifactError, append_json_lines, write_json
 from danube_ray.config import FinetuneConfig, LoopConfig
 from danube_ray.report import write_report
 from danube_ray.report.run import read_run
-from tests.report.made_up_run import RUN, SOURCES, train_row, write_demo, write_finetuning, write_pretraining
+from tests.report.made_up_run import (
+    RUN,
+    SOURCES,
+    train_row,
+    write_demo,
+    write_finetuning,
+    write_gpu_run,
+    write_pretraining,
+)
+from tests.serve.browser import headless_chromium
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -71,7 +80,7 @@ def read_page(folder: Path) -> Page:
 def test_every_artifact_is_shown(demo: Path) -> None:
     page = read_page(demo)
     assert page.sections == [
-        *("steps", "pretraining", "mixture", "curation", "posttraining"),
+        *("steps", "pretraining", "mixture", "machine", "curation", "posttraining"),
         *("evaluation", "quantization", "search", "samples", "provenance"),
     ]
     expected = ["1.31M tokens", "43.3", "Figure 1.", "Figure 2.", "done before", "Direct preference optimisation"]
@@ -108,6 +117,10 @@ def test_what_artifacts_say_is_text_and_never_markup(demo: Path) -> None:
     write_json(demo / "samples.json", [{"prompt": attack, "answer": attack, "model": attack}])
     write_json(demo / "evaluation" / "results.json", [{"task": attack, "metric": attack, "value": 0.5}])
     write_json(demo / "search" / "trials.json", [{"config": {attack: attack}, "loss": 1.0}])
+    event = {"time": 1.8e9, "step": 3, "event": attack, "detail": attack}
+    append_json_lines(demo / "pretrain" / "events.jsonl", [event])
+    texts = {"prompt": attack, "continuation": attack}
+    append_json_lines(demo / "pretrain" / "samples.jsonl", [{"step": 20, "tokens": 1, **texts}])
     for name in ("metrics.jsonl", "config.json"):  # the stage's and a source's name
         path = demo / "pretrain" / name
         path.write_text(
@@ -116,8 +129,8 @@ def test_what_artifacts_say_is_text_and_never_markup(demo: Path) -> None:
     page = read_page(demo)
     assert not [tag for tag, _ in page.elements if tag == "img"]
     assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
-    assert [tag for tag, _ in page.elements].count("script") == 4, "one a chart, and the page's own"
-    assert page.text.count("<img src=x onerror=alert(1)>\"'&{{ 7 * 7 }}") >= 12
+    assert [tag for tag, _ in page.elements].count("script") == 5, "one a chart, and the page's own"
+    assert page.text.count("<img src=x onerror=alert(1)>\"'&{{ 7 * 7 }}") >= 17
 
 
 @pytest.mark.parametrize(
@@ -136,7 +149,7 @@ def test_a_missing_part_is_left_out(demo: Path, part: str, section: str) -> None
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     page = read_page(demo)
     assert section not in page.sections
-    assert len(page.sections) == 9
+    assert len(page.sections) == 10
     assert f"#{section}" not in [attributes.get("href") for _, attributes in page.elements]
 
 
@@ -151,7 +164,7 @@ def test_perplexity_by_source_is_shown_as_results(demo: Path) -> None:
 def test_a_plain_training_run_has_a_report(tmp_path: Path) -> None:
     write_pretraining(tmp_path / "danube")
     page = read_page(tmp_path / "danube")
-    assert page.sections == ["pretraining", "mixture", "provenance"]
+    assert page.sections == ["pretraining", "mixture", "machine", "provenance"]
     assert "trained on 1.31M tokens of 3 sources in 3 stages" in page.text
 
 
@@ -218,3 +231,88 @@ def test_the_loss_curve_lies_where_the_numbers_are(tmp_path: Path) -> None:
         slopes = [(places[i][1] - places[i + 1][1]) / (losses[i] - losses[i + 1]) for i in range(len(places) - 1)]
         assert slopes == pytest.approx([slopes[0]] * len(slopes), rel=0.05)
         assert slopes[0] < 0, "a higher loss lies higher up"
+
+
+def test_the_mixture_lies_under_the_loss_as_the_stages_say(tmp_path: Path) -> None:
+    """The areas are read back: each source's boxes are as high as its share, and end where its stage ends."""
+    write_pretraining(tmp_path / "run")
+    areas = read_page(tmp_path / "run").paths("area")
+    ends = [1_000 * end / RUN.num_steps for end in RUN.stage_ends]
+    for source, drawn in zip(SOURCES, areas, strict=True):
+        boxes = [[tuple(map(float, at.split())) for at in re.split("[ML]", box)[1:]] for box in drawn.split("Z")[:-1]]
+        shares = [stage.shares[source] / sum(stage.shares.values()) for stage in RUN.stages]
+        assert [(box[0][1] - box[1][1]) / 1_000 for box in boxes] == pytest.approx(shares, abs=1e-3)
+        assert [box[2][0] for box in boxes] == pytest.approx(ends, abs=3)
+
+
+def test_a_run_in_progress_says_how_far_it_is_and_renews_itself(tmp_path: Path) -> None:
+    write_gpu_run(tmp_path / "run", steps=40)
+    page = read_page(tmp_path / "run")
+    assert "25.0 % step 40 of 160" in page.text.replace("\N{NARROW NO-BREAK SPACE}", " ")
+    assert "328k tokens so far of 1.31M, of 3 sources" in page.text
+    (body,) = [attributes for tag, attributes in page.elements if tag == "body"]
+    assert body["data-renew-s"] == "30"
+    write_gpu_run(tmp_path / "whole", steps=RUN.num_steps)
+    page = read_page(tmp_path / "whole")
+    assert "of 160" not in page.text
+    assert all("data-renew-s" not in attributes for _, attributes in page.elements)
+
+
+def test_a_finetuning_run_in_progress_is_live_where_its_loop_says_so(tmp_path: Path) -> None:
+    config = FinetuneConfig(name="mine", base="model", data="chat.jsonl")
+    write_finetuning(tmp_path / "mine", config, 3.0, 2.0, 50)
+    assert "data-renew-s" not in write_report(tmp_path / "mine").read_text()
+    page = Page(write_report(tmp_path / "mine", live=True).read_text())
+    assert "Running step 50 logged" in page.text
+
+
+def test_what_a_run_on_gpus_measures_is_shown(tmp_path: Path) -> None:
+    write_gpu_run(tmp_path / "run", steps=120)
+    page = read_page(tmp_path / "run")
+    assert page.sections == ["pretraining", "mixture", "machine", "events", "samples", "provenance"]
+    expected = ["model-FLOPs utilisation", "waiting for the network", "0 50 GB memory", "gradient norm", "above bf16"]
+    expected += ["stopped (1), rollback (1), skip (1)", "signal SIGTERM", "utilisation 5"]
+    expected += ["after step 120 (983k tokens)", "provided that this notice is kept (120)", "step 20"]
+    for shown in expected:
+        assert shown in page.text, shown
+    marks = [a for tag, a in page.elements if tag == "i" and (a.get("class") or "").startswith("mark")]
+    assert len(marks) == 6, "three events in each of two charts"
+    places = [float((mark["style"] or "").removeprefix("left:").removesuffix("%")) for mark in marks[:3]]
+    assert places == pytest.approx([100 * 40 / 120, 100 * 61 / 120, 100 * 61 / 120], abs=0.1)
+    assert [mark["class"] for mark in marks[:3]] == ["mark", "mark bad", "mark bad"]
+
+
+def test_what_was_not_measured_has_no_panel(tmp_path: Path) -> None:
+    write_pretraining(tmp_path / "run")
+    page = read_page(tmp_path / "run")
+    assert "waiting for data, share of time" in page.text
+    assert not [word for word in ("utilisation", "network", "memory", "above bf16") if word in page.text]
+
+
+def test_many_events_and_samples_leave_the_page_small(tmp_path: Path) -> None:
+    write_gpu_run(tmp_path / "run", steps=120)
+    event = {"time": 1.8e9, "step": 100, "event": "skip", "detail": "loss nan"}
+    append_json_lines(tmp_path / "run" / "events.jsonl", [event] * 5_000)
+    row = {"tokens": 1, "prompt": "p", "continuation": "c"}
+    append_json_lines(tmp_path / "run" / "samples.jsonl", [{**row, "step": step} for step in range(200, 3_000)])
+    page = read_page(tmp_path / "run")
+    assert "skip (5,001)" in page.text and "The newest 50:" in page.text
+    assert sum(tag == "tr" for tag, _ in page.elements) < 100
+    assert page.text.count("step 2,") < 20
+    assert (tmp_path / "run" / "report.html").stat().st_size < 200_000
+
+
+@pytest.mark.slow
+def test_a_browser_renews_the_page_where_its_reader_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("danube_ray.report.page.RENEW_S", 1)
+    write_gpu_run(tmp_path / "run", steps=40)
+    path = write_report(tmp_path / "run")
+    with headless_chromium() as browser:
+        browser.driver.get(path.as_uri())
+        browser.driver.execute_script("window.scrollTo(0, 700)")
+        shutil.rmtree(tmp_path / "run")
+        write_gpu_run(tmp_path / "run", steps=80)
+        write_report(tmp_path / "run")
+        browser.wait(lambda: "step 80 of 160" in browser.text(".status")[0])
+        assert browser.driver.execute_script("return window.scrollY") == 700
+        assert browser.complaints() == []

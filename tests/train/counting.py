@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from danube_ray.config import LoopConfig, ModelConfig, OptimizerConfig
+from danube_ray.config import LoopConfig, ModelConfig, OptimizerConfig, to_dict
 from danube_ray.model.transformer import Transformer
 from danube_ray.train.losses import cross_entropy_sum
 from danube_ray.train.protocol import Batch, StepReader, TensorBatch
@@ -42,17 +42,26 @@ class CountingReader:
 
 class CountingTask:
     name = "counting"
-    data_hash = "counting"
 
     def __init__(self, num_steps: int = 10, micro_batch_size: int = 2) -> None:
         self.reader: StepReader = CountingReader(num_steps)
         self.rows = micro_batch_size
+        self.identity: dict[str, Any] = {"model": to_dict(MODEL), "plan": {"stride": 3}}
 
     def build_model(self) -> nn.Module:
         return Transformer(MODEL)
 
+    def enter_step(self, module: nn.Module, step: int) -> None:
+        """Every step is the same."""
+
     def micro_batch_size(self, step: int) -> int:
         return self.rows
+
+    def learning_rate_scale(self, step: int) -> float:
+        return 1.0
+
+    def flops_per_token(self, step: int) -> float:
+        return MODEL.flops_per_token(16)
 
     def position(self, steps_done: int) -> dict[str, Any]:
         return {"tokens": steps_done * 6 * 16, "stage": "only"}
@@ -68,3 +77,6 @@ class CountingTask:
 
     def validation(self, step: int) -> Mapping[str, StepReader]:
         return {"counting": CountingReader(2)}
+
+    def samples(self, module: nn.Module) -> list[dict[str, str]]:
+        return []

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from danube_ray.artifacts import ArtifactError, read_json_lines
 from danube_ray.train import checkpoint
 from danube_ray.train.context import LocalContext
-from danube_ray.train.loop import TrainingDiverged, fit
+from danube_ray.train.faults import TrainingDiverged
+from danube_ray.train.loop import fit
 from danube_ray.train.metrics import METRICS
 from tests.train.counting import OPTIMIZER, SETTINGS, CountingTask
 
@@ -98,11 +99,11 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     assert checkpoint.checkpoint_steps(tmp_path / "checkpoints") == [8, 10]
 
 
-def test_a_checkpoint_of_other_data_is_refused(tmp_path):
+def test_a_checkpoint_of_another_plan_is_refused_with_the_first_field_that_differs(tmp_path):
     fit(CountingTask(4), tmp_path, SETTINGS, OPTIMIZER, LocalContext())
     other = CountingTask(8)
-    other.data_hash = "another order"
-    with pytest.raises(ArtifactError, match="give this run another name"):
+    other.identity = {**other.identity, "plan": {"stride": 5}}
+    with pytest.raises(ArtifactError, match=r"plan\.stride = 3, this run has 5: give this run another name"):
         fit(other, tmp_path, SETTINGS, OPTIMIZER, LocalContext())
 
 
@@ -111,8 +112,9 @@ def test_a_loss_that_is_no_number_stops_the_run_with_its_step(tmp_path):
         def loss(self, model, batch):
             return super().loss(model, batch) * float("nan")
 
+    stop = dataclasses.replace(SETTINGS, on_bad_step="stop")
     with pytest.raises(TrainingDiverged, match="at step 1"):
-        fit(Diverging(), tmp_path, SETTINGS, OPTIMIZER, LocalContext())
+        fit(Diverging(), tmp_path, stop, OPTIMIZER, LocalContext())
     assert checkpoint.newest_verified(tmp_path / "checkpoints") is None
 
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
+from itertools import pairwise
+
 import pytest
 from torch import nn
 
@@ -15,6 +18,23 @@ def test_the_schedule_warms_up_peaks_and_ends_at_its_minimum():
     assert rates[550] == pytest.approx((2e-4 + 1e-5) / 2)  # half way down the cosine
     assert rates[999] == pytest.approx(1e-5, rel=1e-3)
     assert rates[100:] == sorted(rates[100:], reverse=True)
+
+
+def test_wsd_holds_the_peak_and_falls_in_a_line_over_the_last_tenth():
+    config = dataclasses.replace(CONFIG, schedule="wsd", decay_fraction=0.1)
+    rates = [learning_rate_at(step, 1000, config) for step in range(1000)]
+    assert rates[:100] == [learning_rate_at(step, 1000, CONFIG) for step in range(100)]
+    assert rates[100:901] == pytest.approx([2e-4] * 801)
+    falls = [before - after for before, after in pairwise(rates[900:])]
+    assert falls == pytest.approx([(2e-4 - 1e-5) / 100] * 99)
+    assert rates[999] - falls[-1] == pytest.approx(1e-5)  # the minimum, where one more step would stand
+
+
+def test_a_decay_longer_than_the_warmup_leaves_begins_after_it():
+    config = dataclasses.replace(CONFIG, schedule="wsd", decay_fraction=1.0)
+    rates = [learning_rate_at(step, 200, config) for step in range(200)]
+    assert max(rates) == rates[99] == rates[100] == pytest.approx(2e-4)
+    assert rates[150] == pytest.approx((2e-4 + 1e-5) / 2)
 
 
 def test_a_constant_schedule_stays():

@@ -1,0 +1,106 @@
+"""The wait for other ranks' gradients, in two processes of one gloo group."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from danube_ray.train.communication import GradientWait
+
+# Rank 1 begins step 2 a third of a second after rank 0 has computed its gradients. A step's own computation is slow in
+# step 3, on both. DDP's logger measures the same on CPUs, and tells it one step later.
+RANK = """
+import json, sys, time
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from danube_ray.train.communication import GradientWait
+
+class Bottom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        if step == 2 and rank == 0:
+            store.set("computed", "yes")
+        if step == 3:
+            time.sleep(0.33)
+        return grad
+
+dist.init_process_group("gloo")
+rank, store = dist.get_rank(), dist.distributed_c10d._get_default_store()
+model = DistributedDataParallel(nn.Sequential(*[nn.Linear(64, 64) for _ in range(4)]), gradient_as_bucket_view=True)
+model._set_ddp_runtime_logging_sample_rate(1)
+waiting, waited, known = GradientWait(torch.device("cpu")), [], []
+for step in range(5):
+    loss = model(Bottom.apply(torch.ones(4, 64, requires_grad=True))).sum()
+    told = model._get_ddp_logging_data()
+    known.append((told.get("backward_comm_time", 0) - told.get("backward_compute_comm_overlap_time", 0)) / 1e9)
+    if step == 2 and rank == 1:
+        store.wait(["computed"])
+        time.sleep(0.33)
+    waiting.backward(loss)
+    waited.append(waiting.take_s())
+Path(sys.argv[1]).joinpath(f"{rank}.json").write_text(json.dumps({"waited": waited, "known": known}))
+dist.destroy_process_group()
+"""
+
+
+def test_a_rank_knows_how_long_it_waited_for_the_other(tmp_path: Path) -> None:
+    (tmp_path / "rank.py").write_text(RANK)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [*launcher, str(tmp_path / "rank.py"), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    early, late = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert early["waited"][2] > 0.3 > late["waited"][2]
+    assert early["waited"][3] < 0.3 and late["waited"][3] < 0.3, "computation is no wait"
+    for rank in (early, late):
+        assert rank["waited"][1:4] == pytest.approx(rank["known"][2:5], abs=0.05)
+
+
+def test_gradients_and_the_wait_of_one_process() -> None:
+    """Nothing to wait for: the gradients are those of a plain backward pass."""
+    weight = torch.tensor([2.0, 3.0], requires_grad=True)
+    waiting = GradientWait(torch.device("cpu"))
+    waiting.backward((weight**2).sum())
+    assert weight.grad is not None and weight.grad.tolist() == [4.0, 6.0]
+    assert 0 <= waiting.take_s() < 0.3
+    assert waiting.take_s() == 0
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_wait_is_measured_in_its_stream() -> None:
+    """A GPU's wait: work that the pass's last callback puts into the stream, as DDP puts its wait for NCCL there."""
+    from torch.autograd import Variable
+
+    device = torch.device("cuda")
+    waiting = GradientWait(device)
+    weight = torch.ones(2048, 2048, device=device, requires_grad=True)
+
+    def wait() -> None:
+        torch.cuda._sleep(600_000_000)  # clock cycles: over a fifth of a second up to 2.9 GHz
+
+    def queue_at_the_end(grad: torch.Tensor) -> None:
+        Variable._execution_engine.queue_callback(wait)
+
+    hook = weight.register_hook(queue_at_the_end)
+    for _ in range(2):
+        waiting.backward((weight @ weight).sum())
+    torch.cuda.synchronize()
+    assert waiting.take_s() > 0.2
+    hook.remove()
+    waiting.backward((weight @ weight).sum())
+    torch.cuda.synchronize()
+    assert waiting.take_s() < 0.1
