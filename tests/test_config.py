@@ -62,6 +62,11 @@ DPO = DpoConfig(name="tune", base="base", data="data.jsonl")
         (OptimizerConfig(), {"beta2": 1.0}, "OptimizerConfig.beta2 is 1.0, allowed is in [0, 1)"),
         (LoopConfig(), {"num_workers": 0}, "LoopConfig.num_workers is 0, allowed is greater than 0"),
         (LoopConfig(), {"max_restarts": -1}, "LoopConfig.max_restarts is -1, allowed is 0 or more"),
+        (
+            LoopConfig(precision="fp8-te", fp8_scaling="delayed"),
+            {"activation_checkpointing": True},
+            "LoopConfig.activation_checkpointing is True, allowed is False with delayed scaling of fp8-te",
+        ),
         (RUN, {"name": "a/b"}, "RunConfig.name is 'a/b', allowed is letters, digits"),
         (RUN, {"stages": ()}, "RunConfig.stages is (), allowed is at least one stage"),
         (RUN, {"global_batch_tokens": 96}, "sequence_length of stage 'long' is 64, allowed is a divisor of global_"),

@@ -144,11 +144,11 @@ def accuracy(plan: Plan, compared: Sequence[Comparison]) -> Iterator[RenderableT
         yield f"Nothing has been measured yet on {plan.gpu.name}: how far off the formula is there is not known."
     for figure in PUBLISHED:
         for stage in plan.stages:
-            if plan.run.name == figure.preset and stage.work.sequence_length == figure.sequence_length:
+            if (plan.run.name, plan.gpu.name, stage.work.sequence_length) == figure.of:
                 predicted = stage.tokens_per_s / plan.num_gpus
                 yield (
                     f"Published, on other software: {figure.tokens_per_s_per_gpu:,.0f} tokens/s a GPU in "
-                    f"{figure.precision} on {figure.hardware} ({figure.source}). The formula says {predicted:,.0f} for "
+                    f"{figure.precision} on {figure.gpu.name} ({figure.source}). The formula says {predicted:,.0f} for "
                     f"this plan's stage {stage.stage.name}: {predicted / figure.tokens_per_s_per_gpu - 1:+.1%}."
                 )
 

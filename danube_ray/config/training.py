@@ -72,6 +72,9 @@ class LoopConfig:
     passed over without training. A worker that makes no progress for `hang_timeout_s` is named and ended.
 
     `keep_checkpoints` newest checkpoints stay, and for ever those every `milestone_every_steps` (0: none).
+
+    `tracker` shows the run in W&B or MLflow beside TensorBoard and the report; their keys and servers come from the
+    environment. torch's profiler records `profile_steps` steps, after a few warm ones, to the run's `profile/`.
     """
 
     num_workers: int = 1
@@ -132,6 +135,10 @@ class LoopConfig:
         if self.parallelism == "zero3":
             allowed = "a precision that is not FP8 under zero3"
             require(not scalings, "LoopConfig.precision", self.precision, allowed, "use zero1 or zero2, or bf16")
+        if self.precision == "fp8-te" and self.fp8_scaling == "delayed":
+            remedy = "use fp8_scaling current: delayed scales move on between a forward pass and its repetition"
+            setting, allowed = "LoopConfig.activation_checkpointing", "False with delayed scaling of fp8-te"
+            require(not self.activation_checkpointing, setting, self.activation_checkpointing, allowed, remedy)
 
     @property
     def scaling(self) -> Fp8Scaling | None:

@@ -33,7 +33,9 @@ class Region:
     """Where in training the FP8 products are, which `precision.autocast` tells them.
 
     `number` counts the training regions, after each of which delayed scales move on. `first_micro_batch` says whether
-    weights have changed since the products last ran; None: cast them at every use.
+    to cast weights and keep the casts (True), to use those kept (False), or to cast at every use (None). Where casts
+    are kept, False stays when autocast has ended: a forward pass that activation checkpointing repeats during backward
+    must find what the first one found.
     """
 
     number: int = 0

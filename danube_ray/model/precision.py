@@ -97,7 +97,7 @@ def autocast(
             with transformer_engine_autocast(scaling) if precision == "fp8-te" else nullcontext():
                 yield
         finally:
-            REGION.first_micro_batch = None
+            REGION.first_micro_batch = None if first_micro_batch is None else False
 
 
 @contextmanager

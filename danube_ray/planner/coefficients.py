@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from danube_ray.config import LoopConfig
-from danube_ray.planner.hardware import USABLE, Hardware
+from danube_ray.planner.hardware import GPUS_PER_NODE, USABLE, Hardware
 
 Basis = Literal["measured", "published", "estimate"]
 
@@ -55,6 +55,9 @@ OPTIMIZER_BYTES = Coefficient(
 OVERLAP = Coefficient(
     "gradient exchange hidden behind the last backward pass", 0.85, "of its time", "estimate", "DDP's buckets"
 )
+BETWEEN_NODES = Coefficient(
+    "links between nodes", 1, "of those within", "estimate", "8 x 400 Gb/s a node are as fast, slower ones are not"
+)
 STRAGGLING = Coefficient(
     "speed of several GPUs, which wait for the slowest", 0.98, "times", "estimate", "clocks differ by about 2 %"
 )
@@ -71,6 +74,7 @@ def used(loop: LoopConfig, gpu: Hardware, num_gpus: int) -> list[Coefficient]:
     fp8 = [FP8_GEMM[loop.scaling], FP8_CAST_BYTES[loop.scaling]] if loop.scaling else []
     network = [
         Coefficient("links between GPUs", gpu.link_bytes_per_s / 1e9, "GB/s", "published", gpu.link_source),
+        *[BETWEEN_NODES] * (num_gpus > GPUS_PER_NODE),
         OVERLAP,
         STRAGGLING,
     ]

@@ -20,17 +20,17 @@ MASKED_SDPA = 0.4  # of Flash 2's rate: under a document mask it computes what i
 class Hardware:
     """One GPU: what its data sheet says, what training reaches of it, and what an hour costs.
 
-    `memory_bytes` is what programs see. Peaks are FLOP/s; `fp8_flops` is None where there is no FP8. `link_bytes_per_s`
-    is the bus bandwidth of NCCL's collectives within a node. The shares are what kernels reach: of the bf16 peak in
-    products, in cuDNN's attention and in Flash 2's (forward and backward together), and of the memory's bandwidth.
-    `device_names` is what torch calls it.
+    `memory_bytes` is what programs see. Peaks are dense FLOP/s in bf16 and fp32. `link_bytes_per_s` is the bus
+    bandwidth of NCCL's collectives. The shares are what kernels reach: of the bf16 peak in products, in cuDNN's
+    attention and in Flash 2's (forward and backward together), and of the memory's bandwidth. `device_names` is what
+    torch calls it.
     """
 
     name: str
     device_names: tuple[str, ...]
     memory_bytes: int
     peak_flops: float
-    fp8_flops: float | None
+    has_fp8: bool
     fp32_flops: float
     memory_bytes_per_s: float
     link_bytes_per_s: float
@@ -61,8 +61,9 @@ class Hardware:
         return USABLE * self.memory_bytes
 
 
-HOPPER = "others' figures: 650 TFLOP/s, in attention 400 (cuDNN) and 260 (Flash 2), 2.8 TB/s"
-AMPERE = "others' figures: 240 TFLOP/s, in attention 150, 1.7 TB/s"
+HOPPER = "others' figures of Hopper: 650 TFLOP/s, in attention 400 (cuDNN) and 260 (Flash 2)"
+AMPERE = "others' figures of Ampere: 240 TFLOP/s, in attention 150"
+NVLINK_4 = "NCCL on NVLink 4 (NVIDIA/nccl-tests issue 212)"
 
 # Prices are assumptions: specialised clouds on demand, 2026. Others ask half of it, or double.
 H100 = Hardware(
@@ -70,7 +71,7 @@ H100 = Hardware(
     device_names=("NVIDIA H100 80GB HBM3",),
     memory_bytes=79 * GIB,
     peak_flops=989.4e12,
-    fp8_flops=1_978.9e12,
+    has_fp8=True,
     fp32_flops=66.9e12,
     memory_bytes_per_s=3.35e12,
     link_bytes_per_s=370e9,
@@ -80,14 +81,14 @@ H100 = Hardware(
     flash_share=0.26,
     memory_share=0.84,
     share_source=HOPPER,
-    link_source="NCCL on NVLink 4 (NVIDIA/nccl-tests issue 212)",
+    link_source=NVLINK_4,
 )
 H200 = Hardware(
     name="H200 SXM 141 GB",
     device_names=("NVIDIA H200",),
     memory_bytes=139 * GIB,
     peak_flops=989.4e12,
-    fp8_flops=1_978.9e12,
+    has_fp8=True,
     fp32_flops=66.9e12,
     memory_bytes_per_s=4.8e12,
     link_bytes_per_s=370e9,
@@ -97,14 +98,14 @@ H200 = Hardware(
     flash_share=0.26,
     memory_share=0.84,
     share_source=HOPPER,
-    link_source="NCCL on NVLink 4 (NVIDIA/nccl-tests issue 212)",
+    link_source=NVLINK_4,
 )
 A100 = Hardware(
     name="A100 SXM 80 GB",
     device_names=("NVIDIA A100-SXM4-80GB",),
     memory_bytes=79 * GIB,
     peak_flops=312e12,
-    fp8_flops=None,
+    has_fp8=False,
     fp32_flops=19.5e12,
     memory_bytes_per_s=2.04e12,
     link_bytes_per_s=208e9,
@@ -114,7 +115,7 @@ A100 = Hardware(
     flash_share=0.48,
     memory_share=0.84,
     share_source=AMPERE,
-    link_source="NCCL on NVLink 3 (NVIDIA/nccl-tests issue 178: 208 GB/s between two)",
+    link_source="NCCL on NVLink 3, between two (NVIDIA/nccl-tests issue 178)",
 )
 HARDWARE = {"h100": H100, "h200": H200, "a100": A100}
 

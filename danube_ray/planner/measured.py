@@ -1,7 +1,7 @@
 """The formula against what was measured: the GPU benchmark's results, and what others have published.
 
-Results are JSON lines. One is any object with a speed, at a line's top or within; what it doesn't say itself (preset,
-mode, device) it has from the objects around it. Other contestants' and CPUs' results are left out.
+Results are JSON. One is any object with a speed, however deep; what it doesn't say itself (preset, mode, device) it has
+from the objects around it. Other contestants' and CPUs' results are left out.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from danube_ray.artifacts import read_json_lines
+from danube_ray.artifacts import read_json, read_json_lines
 from danube_ray.config import ConfigError, LoopConfig, RunConfig
-from danube_ray.planner.hardware import Hardware, hardware_named
+from danube_ray.planner.hardware import H100, Hardware, hardware_named
 from danube_ray.planner.memory import memory
 from danube_ray.planner.speed import step_time
 from danube_ray.planner.work import Work
 
 OURS = "danube_ray"
+FIELDS = ("preset", "sequence_length", "micro_batch", "precision")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,19 +27,22 @@ class Published:
     """A speed that others have published for a preset's model, on their own software."""
 
     preset: str
-    hardware: str
-    num_gpus: int
+    gpu: Hardware
     sequence_length: int
     precision: str
     tokens_per_s_per_gpu: float
     source: str
 
+    @property
+    def of(self) -> tuple[str, str, int]:
+        """Preset, GPU and sequence length."""
+        return self.preset, self.gpu.name, self.sequence_length
+
 
 PUBLISHED = (
     Published(
         preset="danube_1_8b",
-        hardware="h100",
-        num_gpus=8,
+        gpu=H100,
         sequence_length=2_048,
         precision="FP8",
         tokens_per_s_per_gpu=36_600,
@@ -72,16 +76,17 @@ class Comparison:
 def comparisons(folder: Path, presets: Mapping[str, RunConfig]) -> list[Comparison]:
     """Every result of this project's on a known GPU under `folder`; none where nothing has been measured yet."""
     found = []
-    for path in sorted(folder.rglob("*.jsonl")):
-        for line in read_json_lines(path):
-            for facts in results(line, {}):
-                if comparison := compare(facts, presets):
-                    found.append(comparison)
-    return found
+    for path in sorted((*folder.rglob("*.json"), *folder.rglob("*.jsonl"))):
+        values = read_json_lines(path) if path.suffix == ".jsonl" else read_json(path)
+        found += [compare(facts, presets) for facts in results(values, {})]
+    return [comparison for comparison in found if comparison is not None]
 
 
 def results(value: Any, around: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The objects with a speed in `value`, each with the facts of those around it and of its mode."""
+    if isinstance(value, list):
+        for inner in value:
+            yield from results(inner, around)
     if not isinstance(value, dict):
         return
     facts = {**around, **value, **(value.get("mode") or {})}
@@ -98,7 +103,9 @@ def compare(facts: Mapping[str, Any], presets: Mapping[str, RunConfig]) -> Compa
     machine = facts.get("machine")
     device = machine.get("device") if isinstance(machine, dict) else facts.get("device")
     gpu = hardware_named(str(device))
-    if gpu is None or facts.get("contestant", OURS) != OURS or facts.get("preset") not in presets:
+    if gpu is None or any(field not in facts for field in FIELDS):
+        return None
+    if facts.get("contestant", OURS) != OURS or facts["preset"] not in presets:
         return None
     run = presets[facts["preset"]]
     stages = {stage.sequence_length: stage for stage in run.stages}

@@ -16,10 +16,11 @@ from danube_ray.planner.work import Work
 FP32_BYTES = 4
 MOMENTS_BYTES = 8  # AdamW's two, fp32, a parameter
 
-# DeepSpeed as `train.zero` runs it, by stage: fp32 numbers a parameter for gradients that are spread over the GPUs (as
-# they are summed and clipped). Then the buckets that they travel in, and what stage 3 gathers of other GPUs' weights.
-ZERO_GRADIENT_SHARDS = {1: 1, 2: 3, 3: 2}
-ZERO_BUCKET_BYTES = 2 * 50_000_000 * FP32_BYTES
+# DeepSpeed as `train.zero` runs it and has measured it. By stage: fp32 numbers a parameter of the gradients that are
+# spread over the GPUs (with a copy), and buckets that they travel in; then what stage 3 gathers of others' weights.
+ZERO_GRADIENT_SHARDS = {0: 0, 1: 0, 2: 2, 3: 2}
+ZERO_BUCKETS = {0: 0, 1: 1, 2: 2, 3: 2}
+ZERO_BUCKET_BYTES = 50_000_000 * FP32_BYTES
 ZERO3_LIVE_PARAMETERS = 1_000_000_000
 
 LOSS_CHUNK_TOKENS = 2_048
@@ -60,7 +61,7 @@ def memory(work: Work) -> Memory:
         layers = model.num_layers * FP32_BYTES * model.hidden_size + layer
     return Memory(
         weights_bytes=spread if stage == 3 else FP32_BYTES * parameters,
-        gradients_bytes=(FP32_BYTES * parameters if stage < 2 else 0) + spread * ZERO_GRADIENT_SHARDS.get(stage, 0),
+        gradients_bytes=(FP32_BYTES * parameters if stage < 2 else 0) + spread * ZERO_GRADIENT_SHARDS[stage],
         optimizer_bytes=MOMENTS_BYTES * parameters / work.shards + (spread if stage else 0),
         copies_bytes=copied_bytes(work),
         buffers_bytes=zero_buffer_bytes(work),
@@ -83,7 +84,7 @@ def copied_bytes(work: Work) -> float:
 
 def zero_buffer_bytes(work: Work) -> float:
     gathered = min(work.model.num_parameters, ZERO3_LIVE_PARAMETERS) * FP32_BYTES if work.zero_stage == 3 else 0
-    return gathered + (ZERO_BUCKET_BYTES if work.zero_stage >= 2 else 0)
+    return gathered + ZERO_BUCKETS[work.zero_stage] * ZERO_BUCKET_BYTES
 
 
 def layer_bytes_per_token(model: ModelConfig, precision: Precision) -> int:

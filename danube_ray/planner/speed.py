@@ -10,8 +10,8 @@ optimizer    clipping and AdamW, once a step
 network      what no backward pass hides of the gradients' exchange, and waiting for the slowest GPU
 launching    how far a CPU that launches small kernels is behind its GPU
 
-Activation checkpointing computes each layer's forward pass once more. Data, validation and checkpoints count nothing:
-the loop does them beside the training.
+Activation checkpointing computes each layer's forward pass once more. Data and checkpoints count nothing, since they
+come and go beside the training, nor does validation, which is short.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def step_time(work: Work, gpu: Hardware) -> StepTime:
     layer_bytes = model.num_layers * elementwise_bytes_per_token(work)
     elementwise_s = (again * layer_bytes + LOSS_BYTES * model.vocab_size) * tokens / bytes_per_s
     cast_bytes = FP8_CAST_BYTES[loop.scaling].value if loop.scaling else 0
-    casts_s = cast_bytes * model.num_layers * cast_numbers_per_token(model) * tokens / bytes_per_s
+    casts_s = again * cast_bytes * model.num_layers * cast_numbers_per_token(model) * tokens / bytes_per_s
     head_s = (6 + HEAD_AGAIN) * work.head_parameters * tokens / bf16
     compute_s = linears_s + attention_s + elementwise_s + casts_s + head_s
     weights_s = weight_bytes(work) / bytes_per_s

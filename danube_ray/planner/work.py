@@ -61,6 +61,6 @@ def check_hardware(loop: LoopConfig, gpu: Hardware) -> None:
     """Raise `ConfigError` for a precision that `gpu` does not compute."""
     remedy = "plan --loop.precision bf16, fp8-te or fp8-torchao instead"
     require(loop.precision != "fp8-emulated", "LoopConfig.precision", loop.precision, "one that GPUs compute", remedy)
-    if loop.precision in FP8_SCALINGS and gpu.fp8_flops is None:
-        setting = f"LoopConfig.precision on {gpu.name}"
-        require(False, setting, loop.precision, "bf16 or fp32: it has no FP8", "--loop.precision bf16")
+    computes = gpu.has_fp8 or loop.precision not in FP8_SCALINGS
+    setting, allowed = f"LoopConfig.precision on {gpu.name}", "bf16 or fp32: it has no FP8"
+    require(computes, setting, loop.precision, allowed, "plan with --loop.precision bf16")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,9 +30,8 @@ class DpoTask(FinetuneTask):
         super().__init__(config)
         self.beta = config.beta
 
-    @cached_property
     def identity(self) -> dict[str, Any]:
-        return {**super().identity, "beta": self.beta}
+        return {**super().identity(), "beta": self.beta}
 
     def count(self, batch: TensorBatch) -> torch.Tensor:
         return batch["weight"].sum()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -46,7 +45,6 @@ class FinetuneTask:
             seed=config.loop.seed,
         )
 
-    @cached_property
     def identity(self) -> dict[str, Any]:
         """The base, its adapters, and the examples in their order. Hashes the base's weights: seconds a GB."""
         config = self.config

@@ -13,13 +13,6 @@ import ray.data
 import ray.util
 
 OBJECT_STORE_BYTES = 256 * 2**20
-# Variables of a head's environment. A raylet that answers five questions a second apart with nothing is dead; Ray's
-# defaults take 15 s longer, in which Train counts on the node and starts its workers in vain. cluster/ sets them too.
-NOTICE_DEAD_NODES = {
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "3000",
-    "RAY_health_check_failure_threshold": "5",
-}
 
 
 @contextmanager

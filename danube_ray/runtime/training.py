@@ -42,6 +42,7 @@ from danube_ray.config import (
 )
 from danube_ray.data.windows import MixtureReader
 from danube_ray.model.huggingface import load_config
+from danube_ray.model.precision import check_shapes
 from danube_ray.runtime.session import session
 from danube_ray.runtime.streaming import RankStreams, read_stream, steps_dataset
 from danube_ray.train.checkpoint import (
@@ -58,6 +59,7 @@ from danube_ray.train.pretrain import PretrainTask
 from danube_ray.train.progress import Progress
 from danube_ray.train.protocol import Batch, StepReader, Task
 from danube_ray.train.tracking import check_tracker
+from danube_ray.train.zero import check_zero
 
 MakeTask = Callable[[], Task]
 STREAM = "steps"
@@ -142,9 +144,9 @@ def train(
     `max_restarts` are used up; what trying again can't mend is raised at once.
     """
     folder = Path(config.output_dir) / config.name
-    check_tracker(settings.tracker)
+    check_settings(config, settings)
     task = make_task()  # reads the data's manifests: whatever is wrong with them is said before a worker starts
-    inputs = {"settings": settings_identity(to_dict(config)), "task": task.identity}
+    inputs = {"settings": settings_identity(to_dict(config)), "task": task.identity()}
     last = checkpoint_folder(folder / "checkpoints", task.reader.num_steps)
     if finished(folder, inputs):
         return last
@@ -163,6 +165,15 @@ def train(
     # What lies here is told by its inputs: the checkpoints have manifests of hashes of their own.
     write_json(folder / MANIFEST, {"inputs": content_hash(inputs), "files": {}})
     return last
+
+
+def check_settings(config: RunConfig | FinetuneConfig, settings: LoopConfig) -> None:
+    """Raise `ConfigError` for what can't work, as far as a driver can know: its machine may have no GPU."""
+    check_zero(settings)
+    check_tracker(settings.tracker)
+    if isinstance(config, RunConfig):
+        for stage in config.stages:
+            check_shapes(settings.precision, config.model, stage.sequence_length)
 
 
 @contextmanager

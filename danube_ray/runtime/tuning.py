@@ -40,7 +40,7 @@ def search(run: RunConfig, study: Study, out: Path) -> list[Trial]:
         with session():
             write_trials(folder, run_trials(run, study, folder.resolve()))
 
-    data = PretrainTask(run).identity  # also says what is wrong with the data, before a trial starts
+    data = PretrainTask(run).identity()  # also says what is wrong with the data, before a trial starts
     complete_once(out, {"run": to_dict(run), "study": to_dict(study), "data": data}, make)
     return read_trials(out)
 

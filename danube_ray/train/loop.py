@@ -67,6 +67,7 @@ class Fit:
         if context.device.type == "cpu":
             torch.set_num_threads(settings.cpus_per_worker)
         self.task, self.settings, self.optimizer, self.context = task, settings, optimizer, context
+        self.identity = task.identity() if context.rank == 0 else {}
         self.run_folder, self.checkpoints = run_folder, run_folder / "checkpoints"
         self.last = task.reader.num_steps
         torch.manual_seed(settings.seed)
@@ -109,7 +110,7 @@ class Fit:
             for step, wrong in passed_over.items():
                 self.events.write("checkpoint passed over", step, wrong)
             if folder is not None:
-                checkpoint.require_identity(folder, self.task.identity)
+                checkpoint.require_identity(folder, self.identity)
             found = checkpoint.step_of(folder)
         agreed = torch.tensor(float(found), dtype=torch.float64, device=self.context.device)
         step = int(self.strategy.sum_over_ranks(agreed).item())
@@ -290,7 +291,7 @@ class Fit:
                 "precision": self.settings.precision,
                 "recent_losses": self.bad_steps.recent,
                 "task": self.task.name,
-                "identity": self.task.identity,
+                "identity": self.identity,
             }
             self.saver.begin(weights, moments, scaling_state(self.strategy.module), state)
         self.saved, self.saving = self.step, {"step": self.step, "validation_loss": self.validation_loss}

@@ -25,7 +25,7 @@ from danube_ray.report import write_report
 from danube_ray.train.tracking import Sink, TensorBoard, Tracker, open_tracker
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
-REPORT_EVERY_S = 30.0
+REPORT_EVERY_S, REPORT_SHARE = 30.0, 0.002
 
 # Dense bf16 peaks in FLOP/s from NVIDIA's data sheets, by the beginning of torch's name of the device; the first that
 # fits counts. FP8 runs are held against the same peak, so that a figure above a bf16 run's means a faster run.
@@ -53,19 +53,20 @@ class MetricsLog:
 
     def __init__(self, run_folder: Path, steps_done: int, tracker: Tracker = "none") -> None:
         self.folder = run_folder
+        self.report_due_s = -math.inf
+        before = {name: read_json_lines(run_folder / name) for name in (METRICS, SAMPLES)}
         logged: dict[str, int] = {}  # the last step of each kind that was logged before the run stopped
-        for name in (METRICS, SAMPLES):
-            rows = read_json_lines(run_folder / name)
-            for row in rows:
-                logged[row.get("kind", "samples")] = max(row["step"], logged.get(row.get("kind", "samples"), 0))
+        for row in (*before[METRICS], *before[SAMPLES]):
+            kind = row.get("kind", "samples")
+            logged[kind] = max(row["step"], logged.get(kind, 0))
+        self.sinks: dict[str, Sink] = {}
+        self.open("tensorboard", lambda: TensorBoard(run_folder / "tensorboard", steps_done))
+        if tracker != "none":  # before rows are dropped: it keeps what was logged, should the run die here
+            self.open(tracker, lambda: open_tracker(tracker, run_folder, logged))
+        for name, rows in before.items():
             if rows:
                 kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= steps_done)
                 write_atomically(run_folder / name, kept)
-        self.reported = -math.inf
-        self.sinks: dict[str, Sink] = {}
-        self.open("tensorboard", lambda: TensorBoard(run_folder / "tensorboard", steps_done))
-        if tracker != "none":
-            self.open(tracker, lambda: open_tracker(tracker, run_folder, logged))
 
     def write(self, kind: str, row: dict[str, Any]) -> None:
         """Append one row with its `step`; its numbers go to TensorBoard and the tracker as `kind/NAME[/KEY]`."""
@@ -75,6 +76,8 @@ class MetricsLog:
             f"{kind}/{name}": value for name, value in measured if isinstance(value, int | float)
         }
         self.tell(lambda sink: sink.numbers(kind, row["step"], numbers))
+        if time.monotonic() >= self.report_due_s:
+            self.write_report()
 
     def write_samples(self, place: dict[str, Any], samples: list[dict[str, str]]) -> None:
         """Append what `Task.samples` gave at `place` (`step`, `tokens`): one row a text."""
@@ -84,14 +87,17 @@ class MetricsLog:
             self.tell(lambda sink: sink.texts(place["step"], samples))
 
     def write_report(self, finished: bool = False) -> None:
-        """Rewrite `report.html` from the run's files, at most every half minute until the run is `finished`."""
-        if not finished and time.monotonic() - self.reported < REPORT_EVERY_S:
-            return
-        self.reported = time.monotonic()
+        """Rewrite `report.html` from the run's files; until it is `finished`, the page in a browser renews itself.
+
+        Each row does so too, at most twice a minute and, on long runs, for at most 0.2 % of the time.
+        """
+        began = time.monotonic()
         try:
             write_report(self.folder, live=not finished)
         except Exception as error:
             warnings.warn(f"report.html was not written: {error!r}", stacklevel=2)
+        ended = time.monotonic()
+        self.report_due_s = ended + max(REPORT_EVERY_S, (ended - began) / REPORT_SHARE)
 
     def open(self, name: str, make: Callable[[], Sink]) -> None:
         try:
@@ -125,9 +131,9 @@ def bf16_peak_flops(device: torch.device) -> float:
 class StepClock:
     """Measures the steps since the last reading. What lies inside `paused` (validation, samples) is no part of them."""
 
-    def __init__(self, device: torch.device | None = None, num_devices: int = 1) -> None:
-        self.device = device or torch.device("cpu")
-        self.peak_flops = num_devices * bf16_peak_flops(self.device)
+    def __init__(self, device: torch.device, num_devices: int = 1) -> None:
+        self.device = device
+        self.peak_flops = num_devices * bf16_peak_flops(device)
         self.restart()
 
     def restart(self) -> None:

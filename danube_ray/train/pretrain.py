@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,6 @@ class PretrainTask:
         require(tokenizer.sha256 == self.tokenizer_sha256, "RunConfig.tokenizer", folder, allowed)
         return tokenizer
 
-    @cached_property
     def identity(self) -> dict[str, Any]:
         """Model, tokenizer, plan, and the weights that the run begins with. Hashes those: seconds a GB."""
         run = self.run

@@ -22,6 +22,7 @@ Tracker = Literal["none", "wandb", "mlflow"]
 Samples = list[dict[str, str]]  # each with `prompt` and `continuation`
 STATE = "tracker.json"
 PROJECT = "danube_ray"
+FINISH_S = 60.0  # that the end of a run waits for W&B's uploads
 
 
 class Sink(Protocol):
@@ -96,7 +97,9 @@ class Wandb:
             resume="allow",
             config=config,
             reinit="create_new",
-            settings=wandb.Settings(console="off"),  # the worker's output is Ray's to carry
+            # The worker's output is Ray's to carry, and a dead network shall not hold up the end of a run: what was
+            # not uploaded lies in the run's folder, for `wandb sync`.
+            settings=wandb.Settings(console="off", finish_timeout=FINISH_S),
         )
         self.id = self.run.id
 

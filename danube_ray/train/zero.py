@@ -4,14 +4,15 @@ DeepSpeed runs as a plain float32 engine: its weights are the master weights, as
 forward pass computes in stays the caller's affair. The forward pass goes through the bare module: the engine's own
 switches any `torch.autocast` around it off on a GPU (deepspeed/runtime/torch_autocast.py).
 
-Bytes a parameter on each of N ranks at the peak of a step (DDP: 16), beside two buckets of gradients from stage 2 on:
+Bytes a parameter on each of N ranks at the peak of a step (counted, and measured at N = 2 and 4; DDP: 16):
 
-| stage | weights | their master shard | moments | gradients          | sum      | at N = 8 |
-| 1     | 4       | 4/N                | 8/N     | 4                  | 8 + 12/N | 9.5      |
-| 2     | 4       | 4/N                | 8/N     | 4/N, and a copy    | 4 + 20/N | 6.5      |
-| 3     | 4/N     | 4/N                | 8/N     | 4/N, and a copy    | 24/N     | 3        |
+| stage | weights | their master shard | moments | gradients       | sum      | at N = 8 |
+| 1     | 4       | 4/N                | 8/N     | 4               | 8 + 12/N | 9.5      |
+| 2     | 4       | 4/N                | 8/N     | 4/N, and a copy | 4 + 20/N | 6.5      |
+| 3     | 4/N     | 4/N                | 8/N     | 4/N, and a copy | 24/N     | 3        |
 
-Stage 3 also holds the weights that it gathers, up to 4 GB. `state` takes 8 a parameter of rank 0's main memory.
+Beside them lie buckets of gradients (`BUCKET_ELEMENTS`; two from stage 2 on), and in stage 3 up to 4 GB of gathered
+weights.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Zero:
     """DeepSpeed's ZeRO of `stage` 1, 2 or 3 around `module`, which lies in float32 on the context's device.
 
     Every rank of the process group constructs it; a lone process without a group makes its own. Gradients meet in fixed
-    buckets, so a resumed run adds in the same order whatever the number of workers.
+    buckets, so a run that is resumed with as many workers goes on to the bit.
     """
 
     def __init__(self, module: nn.Module, config: OptimizerConfig, context: Context, stage: int) -> None:
@@ -106,8 +107,10 @@ class Zero:
         return value
 
     def state(self) -> tuple[Tensors, Tensors]:
-        """See `Strategy.state`. Gathers one tensor at a time and keeps it in rank 0's main memory: 8 bytes a parameter
-        there (12 in stage 3), and on the devices never more than the largest tensor.
+        """As `Strategy.state` says: weights live (gathered in stage 3), moments gathered one at a time.
+
+        What is gathered is kept in rank 0's main memory, 8 bytes a parameter (12 in stage 3); a device never holds more
+        of it than the largest tensor.
         """
         weights: Tensors = {}
         moments: Tensors = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-BENCHMARKS = ("stream_memory", "loop_under_ray")
+BENCHMARKS = ("step_vs_transformers", "loop_under_ray", "checkpoint_stall", "resume", "stream_memory")
 
 for name in sys.argv[1:] or BENCHMARKS:
     print(f"— {name.replace('_', ' ')}")

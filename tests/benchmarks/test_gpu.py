@@ -11,8 +11,9 @@ from torch import Tensor
 
 from danube_ray.config import ConfigError, RunConfig
 from danube_ray.presets import PRESETS, nano
+from tests.benchmarks.gpu import build
 from tests.benchmarks.gpu.build import largest, ready_ours, ready_peer
-from tests.benchmarks.gpu.cases import AIMS, BF16, Case, Mode, chosen, special, suite
+from tests.benchmarks.gpu.cases import AIMS, BF16, TORCHAO, Case, Mode, chosen, special, suite
 from tests.benchmarks.gpu.measure import Bench, Measurements
 from tests.benchmarks.gpu.ours import Ours
 from tests.benchmarks.gpu.timing import Parking
@@ -108,22 +109,26 @@ class TestContestants:
     def test_where_memory_runs_out_the_largest_divisor_of_the_step_that_fits_is_used_and_named(self, tmp_path: Path):
         run = nano_run(tmp_path / "tokens", micro_batch=6, accumulate=2)
 
-        def build(at: RunConfig) -> Ours:
+        def ours(at: RunConfig) -> Ours:
             if at.stages[0].micro_batch_size > 3:
                 torch.empty(2**60)  # more than any machine has: the real error
             return Ours(at, CPU)
 
-        ready = largest(build, run, CPU, [])
+        ready = largest(ours, run, CPU, [])
         assert ready.facts()["mode"]["micro_batch"] == 3  # of 12 windows: 6 and 4 fail, 5 doesn't divide them
         assert [attempt["micro_batch"] for attempt in ready.attempts] == [6, 4]
         assert "allocate" in ready.attempts[0]["error"]["message"]
         whole = largest(lambda at: Ours(at, CPU), with_micro_batch(run, 3), CPU, [])
         assert ready.first_step["gradient_norm"] == pytest.approx(whole.first_step["gradient_norm"], rel=1e-3)
 
-    def test_a_peer_that_cannot_be_had_one_way_is_had_another_and_says_why(self, tmp_path: Path):
-        case = nano_case(peer_attention="flash_attention_2")
-        with pytest.raises(ImportError):
-            ready_peer(case, nano_run(tmp_path / "tokens"), CPU)
+    def test_a_peer_that_cannot_be_had_one_way_is_had_another_and_says_why(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr(build, "available_attentions", lambda device: ("flash_attention_2", "sdpa"))
+        ready = ready_peer(nano_case(), nano_run(tmp_path / "tokens"), CPU)
+        assert ready.facts()["mode"]["attention"] == "sdpa"
+        (attempt,) = ready.attempts
+        assert attempt["attention"] == "flash_attention_2" and attempt["error"]["type"] == "ImportError"
 
     def test_a_rank_s_share_of_the_optimizer_updates_that_share_and_no_more(self, tmp_path: Path):
         run = nano_run(tmp_path / "tokens")
@@ -203,6 +208,17 @@ class TestMeasurements:
         planned = [point["planner_gib"] for point in result["sweep"]]
         assert [point["micro_batch"] for point in result["sweep"]] == [1, 2, 4]
         assert planned == sorted(planned) and planned[0] < planned[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [BF16, TORCHAO], ids=lambda mode: mode.name)
+def test_compiled_steps_start_like_the_compiled_peer(mode: Mode, tmp_path: Path):
+    bench = Bench(device=CPU, scratch=tmp_path, pairs=1, micro_batch=4, accumulate=2)
+    result = Measurements(bench)(nano_case("pairs", mode))
+    assert (result["ours"]["mode"]["compile"], result["peer"]["mode"]["compile"]) == ("each block", "the whole model")
+    ours, peer = (result[name]["first_step"] for name in ("ours", "peer"))
+    assert ours["loss"] == pytest.approx(peer["loss"], rel=1e-3)
+    assert ours["gradient_norm"] == pytest.approx(peer["gradient_norm"], rel=0.02)
 
 
 @pytest.mark.gpu

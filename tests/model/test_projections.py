@@ -38,8 +38,7 @@ SMALL = ModelConfig(
 )
 TOKENS = torch.arange(40).view(2, 20) % 61
 
-# One product of joint weights sums in another order than three; relative, fp32.
-SAME = {"atol": 1e-5, "rtol": 1e-5}
+TOLERANCE = 1e-5  # fp32, absolute and relative: one joint product sums in another order than separate ones
 
 
 def pair() -> tuple[Transformer, Transformer]:
@@ -63,11 +62,11 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_alike(one: nn.Module, other: nn.Module) -> None:
-    torch.testing.assert_close(one(TOKENS), other(TOKENS), **SAME)
+    torch.testing.assert_close(one(TOKENS), other(TOKENS), atol=TOLERANCE, rtol=TOLERANCE)
     ours, theirs = gradients(one), gradients(other)
     assert ours.keys() == theirs.keys()
     for name, gradient in ours.items():
-        torch.testing.assert_close(gradient, theirs[name], **SAME)
+        torch.testing.assert_close(gradient, theirs[name], atol=TOLERANCE, rtol=TOLERANCE)
 
 
 def test_joint_weights_are_a_view_with_gradients_in_parts():

@@ -182,7 +182,7 @@ def test_a_base_that_is_no_model_is_one_error(tmp_path, conversations):
 
 def test_a_task_is_known_by_its_base_its_adapters_and_its_examples(base, conversations, pairs, tmp_path):
     config = sft_config(base, conversations, tmp_path)
-    identity = SftTask(config).identity
+    identity = SftTask(config).identity()
     assert json.loads(json.dumps(identity)) == identity
     assert identity["model"]["hidden_size"] == 128 and identity["lora"] is None
     copy, shorter = shutil.copytree(base, tmp_path / "copy"), tmp_path / "shorter.jsonl"
@@ -190,7 +190,7 @@ def test_a_task_is_known_by_its_base_its_adapters_and_its_examples(base, convers
     tiny_model(tmp_path / "other", seed=1)
 
     def changed(**changes) -> list[str]:
-        now = SftTask(dataclasses.replace(config, **changes)).identity
+        now = SftTask(dataclasses.replace(config, **changes)).identity()
         return [name for name in identity if identity[name] != now[name]]
 
     assert changed(base=str(copy), name="again", micro_batch_size=1) == []
@@ -199,5 +199,5 @@ def test_a_task_is_known_by_its_base_its_adapters_and_its_examples(base, convers
     assert changed(data=str(shorter)) == ["data"]
     assert changed(batch_size=4) == ["plan", "data"]
     dpo = dpo_config(base, pairs, tmp_path)
-    sharper = DpoTask(dataclasses.replace(dpo, beta=0.5)).identity
-    assert [name for name, value in DpoTask(dpo).identity.items() if value != sharper[name]] == ["beta"]
+    sharper = DpoTask(dataclasses.replace(dpo, beta=0.5)).identity()
+    assert [name for name, value in DpoTask(dpo).identity().items() if value != sharper[name]] == ["beta"]

@@ -24,7 +24,6 @@ from tests.report.made_up_run import (
     write_gpu_run,
     write_pretraining,
 )
-from tests.serve.browser import headless_chromium
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -304,6 +303,8 @@ def test_many_events_and_samples_leave_the_page_small(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_browser_renews_the_page_where_its_reader_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.serve.browser import headless_chromium
+
     monkeypatch.setattr("danube_ray.report.page.RENEW_S", 1)
     write_gpu_run(tmp_path / "run", steps=40)
     path = write_report(tmp_path / "run")

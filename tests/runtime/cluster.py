@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -60,6 +61,14 @@ class Cluster:
         roots = [psutil.Process(process.pid) for process in (self.head, *self.nodes) if process.poll() is None]
         below = [process for root in roots for process in root.children(recursive=True)]
         return [process for process in below if name in command_line(process)]
+
+
+def image_variables(prefix: str) -> dict[str, str]:
+    """What cluster/Dockerfile sets in the environment of every node, of the variables that begin with `prefix`."""
+    text = (REPOSITORY / "cluster" / "Dockerfile").read_text()
+    found = dict(re.findall(rf"({prefix}\w*)=(\S+)", text))
+    assert found, prefix
+    return found
 
 
 def command_line(process: psutil.Process) -> str:

@@ -21,11 +21,10 @@ from safetensors.torch import load_file
 
 from danube_ray.artifacts import MANIFEST, read_json_lines
 from danube_ray.config import RunConfig
-from danube_ray.runtime.session import NOTICE_DEAD_NODES
 from danube_ray.train.checkpoint import MODEL, OPTIMIZER, checkpoint_folder, checkpoint_steps
 from danube_ray.train.faults import EVENTS
 from danube_ray.train.metrics import METRICS
-from tests.runtime.cluster import Cluster, command_line, hand_started
+from tests.runtime.cluster import Cluster, command_line, hand_started, image_variables
 from tests.runtime.text import small_run, write_text
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -155,7 +154,7 @@ def drive_elastic() -> None:
 
 def test_a_lost_node_is_gone_on_without(tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Two raylets as two nodes, one of them killed with all it runs: the other trains on from the last commit."""
-    with hand_started(num_cpus=3, **NOTICE_DEAD_NODES) as cluster:
+    with hand_started(num_cpus=3, **image_variables("RAY_health_check")) as cluster:
         node = cluster.add_node("--num-cpus=2")
         code = "from tests.runtime.test_faults import drive_elastic; drive_elastic()"
         driver = cluster.drive("-c", code, str(tokens), str(tmp_path), "elastic")

@@ -46,7 +46,10 @@ class CountingTask:
     def __init__(self, num_steps: int = 10, micro_batch_size: int = 2) -> None:
         self.reader: StepReader = CountingReader(num_steps)
         self.rows = micro_batch_size
-        self.identity: dict[str, Any] = {"model": to_dict(MODEL), "plan": {"stride": 3}}
+        self.stride = 3
+
+    def identity(self) -> dict[str, Any]:
+        return {"model": to_dict(MODEL), "plan": {"stride": self.stride}}
 
     def build_model(self) -> nn.Module:
         return Transformer(MODEL)

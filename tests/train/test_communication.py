@@ -37,8 +37,9 @@ class Bottom(torch.autograd.Function):
             time.sleep(0.33)
         return grad
 
-dist.init_process_group("gloo")
-rank, store = dist.get_rank(), dist.distributed_c10d._get_default_store()
+folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+store = dist.FileStore(str(folder / "store"), 2)
+dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
 model = DistributedDataParallel(nn.Sequential(*[nn.Linear(64, 64) for _ in range(4)]), gradient_as_bucket_view=True)
 model._set_ddp_runtime_logging_sample_rate(1)
 waiting, waited, known = GradientWait(torch.device("cpu")), [], []
@@ -51,23 +52,23 @@ for step in range(5):
         time.sleep(0.33)
     waiting.backward(loss)
     waited.append(waiting.take_s())
-Path(sys.argv[1]).joinpath(f"{rank}.json").write_text(json.dumps({"waited": waited, "known": known}))
+(folder / f"{rank}.json").write_text(json.dumps({"waited": waited, "known": known}))
 dist.destroy_process_group()
 """
 
 
 def test_a_rank_knows_how_long_it_waited_for_the_other(tmp_path: Path) -> None:
-    (tmp_path / "rank.py").write_text(RANK)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [*launcher, str(tmp_path / "rank.py"), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    commands = [[sys.executable, "-c", RANK, str(tmp_path), str(rank)] for rank in (0, 1)]
+    ranks = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for command in commands]
+    for rank in ranks:
+        _, error = rank.communicate(timeout=120)
+        assert rank.returncode == 0, error[-2000:]
     early, late = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert early["waited"][2] > 0.3 > late["waited"][2]
     assert early["waited"][3] < 0.3 and late["waited"][3] < 0.3, "computation is no wait"
     for rank in (early, late):
-        assert rank["waited"][1:4] == pytest.approx(rank["known"][2:5], abs=0.05)
+        assert rank["waited"][1:4] == pytest.approx(rank["known"][2:5], abs=0.1)
 
 
 def test_gradients_and_the_wait_of_one_process() -> None:

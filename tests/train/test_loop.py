@@ -102,7 +102,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
 def test_a_checkpoint_of_another_plan_is_refused_with_the_first_field_that_differs(tmp_path):
     fit(CountingTask(4), tmp_path, SETTINGS, OPTIMIZER, LocalContext())
     other = CountingTask(8)
-    other.identity = {**other.identity, "plan": {"stride": 5}}
+    other.stride = 5
     with pytest.raises(ArtifactError, match=r"plan\.stride = 3, this run has 5: give this run another name"):
         fit(other, tmp_path, SETTINGS, OPTIMIZER, LocalContext())
 

@@ -61,7 +61,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def test_a_run_is_known_by_its_model_its_data_and_their_order(run: RunConfig):
-    identity = PretrainTask(run).identity
+    identity = PretrainTask(run).identity()
     assert json.loads(json.dumps(identity)) == identity
     assert identity["model"] == to_dict(MODEL) and identity["init_from"] is None
     changed = {
@@ -69,22 +69,22 @@ def test_a_run_is_known_by_its_model_its_data_and_their_order(run: RunConfig):
         "plan": with_stage(run, 1, sliding_window=8),
     }
     for field, other in changed.items():
-        different = PretrainTask(other).identity
+        different = PretrainTask(other).identity()
         assert [name for name in identity if identity[name] != different[name]] == [field]
     for other in (with_stage(run, 0, shares={"web": 1}), dataclasses.replace(run, global_batch_tokens=512)):
-        different = PretrainTask(other).identity
+        different = PretrainTask(other).identity()
         assert [name for name in identity if identity[name] != different[name]] == ["plan", "data"]
     for same in (
         dataclasses.replace(run, name="b", max_epochs=9.0),
         with_stage(run, 0, micro_batch_size=1),
         dataclasses.replace(run, loop=dataclasses.replace(run.loop, num_workers=2, checkpoint_every_steps=3)),
     ):
-        assert PretrainTask(same).identity == identity
+        assert PretrainTask(same).identity() == identity
 
 
 def test_shards_of_another_tokenizer_are_other_data(run: RunConfig, tmp_path: Path):
     by_tokenizer = [
-        PretrainTask(dataclasses.replace(run, tokens_dir=str(tokens_by(tmp_path / name, name)))).identity
+        PretrainTask(dataclasses.replace(run, tokens_dir=str(tokens_by(tmp_path / name, name)))).identity()
         for name in ("first", "second")
     ]
     assert [identity.pop("tokenizer") for identity in by_tokenizer] == ["first", "second"]

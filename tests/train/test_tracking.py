@@ -14,7 +14,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from danube_ray.artifacts import read_json, write_json
@@ -22,6 +21,9 @@ from danube_ray.config import ConfigError
 from danube_ray.train.metrics import METRICS, MetricsLog
 from danube_ray.train.tracking import check_tracker
 from tests.train.test_metrics import SAMPLE, log_steps
+
+pytest.importorskip("wandb")
+pytest.importorskip("mlflow")
 
 CONFIG = {"name": "run", "model": {"num_layers": 2}, "stages": [{"tokens": 10}, {"tokens": 20}]}
 
@@ -139,6 +141,8 @@ def break_mlflow(folder: Path) -> None:
 
 
 def break_wandb(folder: Path) -> None:
+    import psutil
+
     services = [child for child in psutil.Process().children(recursive=True) if "wandb" in " ".join(child.cmdline())]
     assert services
     for service in services:

@@ -10,17 +10,18 @@ import dataclasses
 import math
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.multiprocessing.spawn import start_processes
 
 from danube_ray.artifacts import MANIFEST, read_json_lines
-from danube_ray.config import ConfigError, LoopConfig
+from danube_ray.config import ConfigError, LoopConfig, LoraConfig
 from danube_ray.train import checkpoint, zero
 from danube_ray.train.context import LocalContext
 from danube_ray.train.loop import fit
@@ -50,10 +51,11 @@ class StumblingTask(CountingTask):
 TASK = StumblingTask(STEPS)
 
 
-def make(parallelism: str, context: Context) -> Strategy:
+def make(parallelism: str, context: Context, prepare: Callable[[nn.Module], nn.Module] = lambda m: m) -> Strategy:
     torch.manual_seed(0)
+    module = prepare(TASK.build_model().to(context.device))
     settings = dataclasses.replace(SETTINGS, parallelism=parallelism, deterministic=False)
-    return build_strategy(TASK.build_model(), OPTIMIZER, settings, context)
+    return build_strategy(module, OPTIMIZER, settings, context)
 
 
 def train(strategy: Strategy, context: Context, steps: range, settings: LoopConfig = SETTINGS) -> Saved:
@@ -69,61 +71,63 @@ def train(strategy: Strategy, context: Context, steps: range, settings: LoopConf
 
 
 def kept(strategy: Strategy, context: Context) -> Saved:
-    """A copy of the state, weights and moments together, as the loop hands them to the disk: rank 0's, on all ranks."""
+    """Rank 0's state, weights and moments together."""
     weights, moments = strategy.state()
     if context.rank == 0:
-        names = {f"{name}.{moment}" for name in weights for moment in checkpoint.MOMENTS}
-        assert moments.keys() == names
-    held = [{name: tensor.clone() for name, tensor in {**weights, **moments}.items()} if context.rank == 0 else None]
-    dist.broadcast_object_list(held)
-    assert held[0] is not None
-    return held[0]
+        assert moments.keys() == {f"{name}.{moment}" for name in weights for moment in checkpoint.MOMENTS}
+    return {**weights, **moments}
+
+
+def state_of(saved: Saved) -> Saved:
+    return {name: tensor for name, tensor in saved.items() if name not in ("losses", "norms")}
 
 
 def put_back(strategy: Strategy, saved: Saved, updates: int) -> None:
     moments = {name: tensor for name, tensor in saved.items() if name.endswith(checkpoint.MOMENTS)}
-    strategy.load({name: tensor for name, tensor in saved.items() if name not in moments}, moments, updates)
+    strategy.load({name: saved[name] for name in saved.keys() - moments.keys()}, moments, updates)
 
 
 def write(context: Context, folder: Path, name: str, found: Saved) -> None:
     if context.rank == 0:
         save_file(found, folder / f"{name}.safetensors")
+    if context.world_size > 1:
+        dist.barrier()
+
+
+def go_on(strategy: Strategy, context: Context, folder: Path, begin: str, steps: range, end: str) -> None:
+    """Load the state in file `begin`, train `steps`, and write the state to file `end`."""
+    saved = load_file(folder / f"{begin}.safetensors")
+    put_back(strategy, state_of(saved), steps.start)
+    train(strategy, context, steps)
+    write(context, folder, end, kept(strategy, context))
 
 
 def run_whole(context: Context, folder: Path) -> None:
     """Every parallelism from the same start; stage 3, an option, for fewer steps."""
-    for parallelism in ("ddp", "zero1", "zero2", "zero3"):
+    for parallelism in ("ddp", *STAGES):
         strategy = make(parallelism, context)
         assert strategy.state()[1] == {}  # no moments before the first update
         curves = train(strategy, context, range(KEPT))
-        at_kept = kept(strategy, context)
-        write(context, folder, f"{parallelism}-{KEPT}", {**curves, **at_kept})
+        write(context, folder, f"{parallelism}-{KEPT}", {**curves, **kept(strategy, context)})
         if parallelism == "zero3":
             break
         rest = train(strategy, context, range(KEPT, STEPS))
         curves = {name: torch.cat((curve, rest[name])) for name, curve in curves.items()}
-        write(context, folder, parallelism, {**curves, **kept(strategy, context)})
+        write(context, folder, f"{parallelism}-{STEPS}", {**curves, **kept(strategy, context)})
         if parallelism == "zero2":  # back to the kept step in place, and on again
-            put_back(strategy, at_kept, KEPT)
-            train(strategy, context, range(KEPT, STEPS))
-            write(context, folder, "zero2-rolled-back", kept(strategy, context))
+            go_on(strategy, context, folder, f"zero2-{KEPT}", range(KEPT, STEPS), "zero2-rolled-back")
 
 
-def run_chain(context: Context, folder: Path) -> None:
-    """DDP's state goes on under ZeRO-1, whose state is left for other numbers of workers."""
-    strategy = make("zero1", context)
-    put_back(strategy, load_file(folder / f"ddp-{KEPT}.safetensors"), KEPT)
-    train(strategy, context, range(KEPT, 35))
-    write(context, folder, "chain-35", kept(strategy, context))
+def run_resumed(context: Context, folder: Path) -> None:
+    """ZeRO-1 from its own state; and from DDP's, to leave one for other stages and numbers of workers."""
+    go_on(make("zero1", context), context, folder, f"zero1-{KEPT}", range(KEPT, STEPS), "zero1-resumed")
+    go_on(make("zero1", context), context, folder, f"ddp-{KEPT}", range(KEPT, 35), "chain-35")
 
 
 def finish_chain(context: Context, folder: Path) -> None:
     for parallelism in ("zero2", "zero3") if context.world_size > 1 else ("zero2",):
-        strategy = make(parallelism, context)
-        put_back(strategy, load_file(folder / "chain-35.safetensors"), 35)
-        train(strategy, context, range(35, STEPS))
-        weights, moments = strategy.state()
-        write(context, folder, f"chain-{parallelism}-{context.world_size}", {**weights, **moments})
+        end = f"chain-{parallelism}-{context.world_size}"
+        go_on(make(parallelism, context), context, folder, "chain-35", range(35, STEPS), end)
 
 
 def run_discarding(context: Context, folder: Path) -> None:
@@ -163,9 +167,27 @@ def run_loop(context: Context, folder: Path) -> None:
     fit(CountingTask(8), runs[1], dataclasses.replace(SETTINGS, parallelism="zero2"), OPTIMIZER, context)
 
 
+def run_prepared(context: Context, folder: Path) -> None:
+    """Modules that were changed before ZeRO gets them: compiled, and frozen beside adapters."""
+    from danube_ray.posttrain.lora import add_adapters  # PEFT takes seconds to import
+
+    def compiled(module: nn.Module) -> nn.Module:
+        module.compile(backend="aot_eager")
+        return module
+
+    def adapted(module: nn.Module) -> nn.Module:
+        return add_adapters(module, LoraConfig())
+
+    for prepare, stages in ((compiled, STAGES[:2]), (adapted, STAGES)):
+        for parallelism in ("ddp", *stages):
+            strategy = make(parallelism, context, prepare)
+            curves = train(strategy, context, range(6))
+            write(context, folder, f"{parallelism}-{prepare.__name__}", {**curves, **kept(strategy, context)})
+
+
 def two_ranks(context: Context, folder: Path) -> None:
     run_whole(context, folder)
-    run_chain(context, folder)
+    run_resumed(context, folder)
     run_discarding(context, folder)
     run_in_bf16(context, folder)
     run_loop(context, folder)
@@ -176,20 +198,31 @@ def three_ranks(context: Context, folder: Path) -> None:
     finish_chain(context, folder)
 
 
+def on_gpu(context: Context, folder: Path) -> None:
+    for parallelism in ("ddp", *STAGES):
+        for precision in ("fp32", "bf16"):
+            strategy = make(parallelism, context)
+            curves = train(strategy, context, range(8), dataclasses.replace(SETTINGS, precision=precision))
+            put_back(strategy, {name: tensor.cpu() for name, tensor in kept(strategy, context).items()}, 8)
+            curves["after"] = train(strategy, context, range(8, 10))["losses"]
+            save_file(curves, folder / f"{parallelism}-{precision}.safetensors")
+
+
 def enter(rank: int, world_size: int, folder: Path, work: Callable[[Context, Path], None]) -> None:
     torch.set_num_threads(1)
     if world_size > 1:  # a lone process has no group: ZeRO makes its own
         meeting = f"file://{folder / f'meeting-{world_size}'}"
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
     work(LocalContext(), folder)
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Iterator[Path]:
+def folder(tmp_path_factory) -> Path:
     """What ranks left: two first, then three and one at the same time.
 
-    They are forks of one process that has imported what takes each of them ten seconds.
+    They are forks of one process that has imported what would take each of them ten seconds.
     """
     pytest.importorskip("deepspeed")
     folder = tmp_path_factory.mktemp("zero")
@@ -205,7 +238,7 @@ def folder(tmp_path_factory) -> Iterator[Path]:
             for group in groups:
                 while not group.join():
                     pass
-        yield folder
+    return folder
 
 
 def same(found: Saved, expected: Saved) -> None:
@@ -214,34 +247,26 @@ def same(found: Saved, expected: Saved) -> None:
         torch.testing.assert_close(found[name], tensor, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def identical(found: Saved, expected: Saved) -> None:
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
-
-
-def state_of(saved: Saved) -> Saved:
-    return {name: tensor for name, tensor in saved.items() if name not in ("losses", "norms")}
-
-
-@pytest.mark.parametrize("run", ["zero1", "zero2", f"zero3-{KEPT}"])
-def test_losses_norms_weights_and_moments_are_those_of_ddp(folder, run):
-    expected = load_file(folder / f"{run.replace(run[:5], 'ddp')}.safetensors")
-    assert len(expected["losses"]) == (KEPT if KEPT < STEPS and "-" in run else STEPS)
-    assert expected["losses"][-1] < expected["losses"][0] - 1
-    assert (expected["norms"] > OPTIMIZER.max_grad_norm).any()  # so that clipping is in it
-    assert (expected["norms"] < OPTIMIZER.max_grad_norm).any()
-    same(load_file(folder / f"{run}.safetensors"), expected)
+@pytest.mark.parametrize(("parallelism", "steps"), [("zero1", STEPS), ("zero2", STEPS), ("zero3", KEPT)])
+def test_losses_norms_weights_and_moments_are_those_of_ddp(folder, parallelism, steps):
+    expected = load_file(folder / f"ddp-{steps}.safetensors")
+    assert len(expected["losses"]) == steps and expected["losses"][-1] < expected["losses"][0] - 1
+    clipped = expected["norms"] > OPTIMIZER.max_grad_norm
+    assert clipped.any() and not clipped.all()
+    same(load_file(folder / f"{parallelism}-{steps}.safetensors"), expected)
 
 
 @pytest.mark.parametrize("end", ["zero2-3", "zero3-3", "zero2-1"])
 def test_a_state_goes_from_ddp_to_zero_to_another_stage_and_number_of_workers(folder, end):
-    whole = load_file(folder / "ddp.safetensors")
+    whole = load_file(folder / f"ddp-{STEPS}.safetensors")
     same(load_file(folder / f"chain-{end}.safetensors"), state_of(whole))
 
 
-def test_a_roll_back_in_place_leads_to_the_same_bits(folder):
-    whole = load_file(folder / "zero2.safetensors")
-    identical(load_file(folder / "zero2-rolled-back.safetensors"), state_of(whole))
+@pytest.mark.parametrize(("parallelism", "end"), [("zero1", "zero1-resumed"), ("zero2", "zero2-rolled-back")])
+def test_a_run_resumed_or_rolled_back_in_place_ends_with_the_same_bits(folder, parallelism, end):
+    found = load_file(folder / f"{end}.safetensors")
+    for name, expected in state_of(load_file(folder / f"{parallelism}-{STEPS}.safetensors")).items():
+        assert torch.equal(found[name], expected), name
 
 
 @pytest.mark.parametrize("parallelism", STAGES)
@@ -255,7 +280,7 @@ def test_discarded_steps_leave_no_trace(folder, parallelism):
 def test_autocast_around_the_forward_pass_holds_inside(folder, parallelism):
     """The first loss is computed by the same weights; from then on bf16 rounds differences of 1e-7 up to its own."""
     found, expected = (load_file(folder / f"{name}-bf16.safetensors")["losses"] for name in (parallelism, "ddp"))
-    assert found[0] == expected[0] != load_file(folder / "ddp.safetensors")["losses"][0]
+    assert found[0] == expected[0] != load_file(folder / f"ddp-{STEPS}.safetensors")["losses"][0]
     assert found[1] == pytest.approx(expected[1].item(), abs=1e-3)
 
 
@@ -270,6 +295,32 @@ def test_the_loop_goes_on_from_one_stage_s_checkpoint_under_another(folder):
         found_tensors, expected_tensors = (load_file(end / file) for end in ends)
         assert found_tensors.keys() == expected_tensors.keys()
         same(found_tensors, expected_tensors)
+
+
+@pytest.mark.slow
+def test_compiled_modules_and_adapters_train_as_under_ddp(tmp_path):
+    pytest.importorskip("deepspeed")
+    start_processes(enter, (2, tmp_path, run_prepared), 2)
+    for prepared, stages in (("compiled", STAGES[:2]), ("adapted", STAGES)):
+        expected = load_file(tmp_path / f"ddp-{prepared}.safetensors")
+        for parallelism in stages:
+            same(load_file(tmp_path / f"{parallelism}-{prepared}.safetensors"), expected)
+
+
+@pytest.mark.gpu
+def test_one_gpu_trains_as_without_zero_in_fp32_and_under_autocast(tmp_path):
+    """There the engine's own forward pass would switch autocast off, so bf16 would give the losses of fp32."""
+    pytest.importorskip("deepspeed")
+    start_processes(enter, (1, tmp_path, on_gpu), 1)
+    for parallelism in STAGES:
+        found, expected = (load_file(tmp_path / f"{name}-fp32.safetensors") for name in (parallelism, "ddp"))
+        for name in ("losses", "norms", "after"):
+            torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=1e-4)
+        found, expected = (load_file(tmp_path / f"{name}-bf16.safetensors") for name in (parallelism, "ddp"))
+        assert found["losses"][0] == expected["losses"][0]
+        torch.testing.assert_close(found["losses"], expected["losses"], atol=2e-2, rtol=0)
+    fp32, bf16 = (load_file(tmp_path / f"ddp-{precision}.safetensors")["losses"] for precision in ("fp32", "bf16"))
+    assert fp32[0] != bf16[0]
 
 
 def test_zero_without_deepspeed_is_refused_with_what_to_install(monkeypatch):

@@ -36,7 +36,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--memory", action="store_true", help="sweep the micro-batch for peak memory instead")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
     parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="all the time there is")
-    parser.add_argument("--case-seconds", type=float, default=300, help="end a case that takes longer")
+    parser.add_argument("--case-seconds", type=float, default=400, help="end a case that takes longer")
     parser.add_argument("--steps", type=int, default=6, help="timed steps of a case")
     parser.add_argument("--pairs", type=int, default=6, help="turns of each contestant")
     parser.add_argument("--micro-batch", type=int, help="windows a forward pass, instead of the preset's")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from tests.benchmarks.gpu.cases import Case
 from tests.benchmarks.gpu.kernels import kernels, where_time_goes
 from tests.benchmarks.gpu.machine import Clocks, device_name
 from tests.benchmarks.gpu.ours import Ours
-from tests.benchmarks.gpu.timing import Parking, failure, out_of_memory, peak_memory, release, timed
+from tests.benchmarks.gpu.timing import Parking, failure, forget_peak, out_of_memory, peak_memory, release, timed
 from tests.benchmarks.gpu.workload import STEPS_OF_TEXT, batches, one_gpu_run, repeated, with_micro_batch, write_noise
 from tests.benchmarks.pairs import compare, median_interval
 
@@ -62,18 +62,17 @@ class Measurements:
         ready, device = self.ready(case), self.bench.device
         contestant, steps = ready.contestant, batches(ready.contestant.run)
         losses: list[Any] = []
+        forget_peak(device)  # warming up also compiles and tries kernels out
         with Clocks() as clocks:
             seconds = timed(lambda: losses.append(contestant.train(next(steps))[0]), self.bench.steps, device)
         run = contestant.run
         return {
-            "tokens_per_s": spread([run.global_batch_tokens / step_s for step_s in seconds]),
-            **utilisation(run, run.global_batch_tokens / statistics.median(seconds), device),
+            **self.speed_of(ready, [run.global_batch_tokens / step_s for step_s in seconds]),
             "step_s": seconds,
             "tokens_per_step": run.global_batch_tokens,
             "memory": {"peak": peak_memory(device), "planner_gib": planned_gib(run, case)},
             "last_loss": float(losses[-1]),
             "clocks": clocks.medians,
-            **ready.facts(),
         }
 
     def pairs(self, case: Case) -> dict[str, Any]:
@@ -84,19 +83,31 @@ class Measurements:
         parking = Parking(ours.contestant.tensors())
         parking.park()
         peer, peer_parking = self.peer(case, ours.contestant.run)
-        turns = self.turn(ours, parking, peer_parking), self.turn(peer, peer_parking, parking)
+        our_memory, peer_memory = {"planner_gib": planned_gib(ours.contestant.run, case)}, {}
+        turns = (
+            self.turn(ours, parking, peer_parking, our_memory),
+            self.turn(peer, peer_parking, parking, peer_memory),
+        )
         with Clocks() as clocks:
             ratio, figures = compare(*turns, self.bench.pairs)
-        results = {}
-        for name, ready, tokens_per_s in zip(("ours", "peer"), (ours, peer), zip(*figures, strict=True), strict=True):
-            median = statistics.median(tokens_per_s)
-            figure = utilisation(ready.contestant.run, median, self.bench.device)
-            results[name] = {"tokens_per_s": spread(list(tokens_per_s)), **figure, **ready.facts()}
-        tokens_per_step = ours.contestant.run.global_batch_tokens
-        return {"ratio": asdict(ratio), "tokens_per_step": tokens_per_step, **results, "clocks": clocks.medians}
+        ours_tokens_per_s, peer_tokens_per_s = zip(*figures, strict=True)
+        return {
+            "ratio": asdict(ratio),
+            "tokens_per_step": ours.contestant.run.global_batch_tokens,
+            "ours": {**self.speed_of(ours, ours_tokens_per_s), "memory": our_memory},
+            "peer": {**self.speed_of(peer, peer_tokens_per_s), "memory": peer_memory},
+            "clocks": clocks.medians,
+        }
 
-    def turn(self, mine: Ready, parking: Parking, others: Parking) -> Callable[[], float]:
-        """Tokens/s of one step, the other contestant off the device, after a short step that doesn't count."""
+    def speed_of(self, ready: Ready, tokens_per_s: Sequence[float]) -> dict[str, Any]:
+        figure = utilisation(ready.contestant.run, statistics.median(tokens_per_s), self.bench.device)
+        return {"tokens_per_s": spread(tokens_per_s), **figure, **ready.facts()}
+
+    def turn(self, mine: Ready, parking: Parking, others: Parking, memory: dict[str, Any]) -> Callable[[], float]:
+        """Tokens/s of one step, the other contestant off the device, after a short step that doesn't count.
+
+        `memory` gets the peak, with what the other leaves on the device beside weights and moments (casts to FP8).
+        """
         run, train, device = mine.contestant.run, mine.contestant.train, self.bench.device
         steps, short = batches(run), next(batches(run, SHORT))
 
@@ -104,7 +115,9 @@ class Measurements:
             others.park()
             parking.fetch()
             train(short)
+            forget_peak(device)
             (seconds,) = timed(lambda: train(next(steps)), 1, device)
+            memory["peak"] = peak_memory(device)
             return run.global_batch_tokens / seconds
 
         return tokens_per_s
@@ -143,6 +156,7 @@ class Measurements:
         for size in (2**power for power in range(most.bit_length())):
             ours.task.run = with_micro_batch(run, size)
             release(device)
+            forget_peak(device)
             try:
                 for _ in range(MEMORY_STEPS):
                     ours.train(repeated(rows, SHORT * size))
@@ -181,9 +195,9 @@ def utilisation(run: RunConfig, tokens_per_s: float, device: torch.device) -> di
     }
 
 
-def spread(values: list[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
     """The median with the interval that holds the true one with about 95 %."""
-    low, high = median_interval(values)
+    low, high = median_interval(list(values))
     return {"median": statistics.median(values), "low": low, "high": high, "count": len(values)}
 
 

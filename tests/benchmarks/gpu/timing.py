@@ -34,8 +34,13 @@ def timed(step: Callable[[], object], num_steps: int, device: torch.device) -> l
     return [start.elapsed_time(end) / 1_000 for start, end in pairwise(events)]
 
 
+def forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory(device: torch.device) -> dict[str, float] | None:
-    """GiB since the last reset: what tensors took, and what the allocator held for them."""
+    """GiB since the peak was forgotten: what tensors took, and what the allocator held for them."""
     if device.type != "cuda":
         return None
     allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
@@ -48,7 +53,6 @@ def release(device: torch.device) -> float:
     if device.type != "cuda":
         return 0.0
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
     return torch.cuda.memory_allocated(device) / GIB
 
 
