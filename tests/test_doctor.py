@@ -164,9 +164,18 @@ def test_the_driver_is_read_from_the_kernel(tmp_path: Path, version: str, vendor
         device.mkdir(parents=True)
         (device / "vendor").write_text(vendor + "\n")
         (device / "class").write_text("0x030200\n")
-    check = gpu.driver(proc=tmp_path, sys=tmp_path)
+    check = gpu.driver(proc=tmp_path, sys=tmp_path, smi=str(tmp_path / "no-tool"))
     assert (check.ok, check.found) == (ok, found)
     assert check.ok or check.remedy
+
+
+def test_the_driver_is_read_from_its_tool_where_the_kernel_hides_it(tmp_path: Path):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 580.65.06\n")
+    tool.chmod(0o755)
+    assert gpu.driver(proc=tmp_path, sys=tmp_path, smi=str(tool)) == Check("driver", True, "580.65.06")
+    tool.write_text("#!/bin/sh\necho NVIDIA-SMI has failed >&2\nexit 9\n")
+    assert gpu.driver(proc=tmp_path, sys=tmp_path, smi=str(tool)).ok is None
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="for torch's CPU build")

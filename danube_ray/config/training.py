@@ -68,7 +68,7 @@ class LoopConfig:
 
     A bad step has a loss or gradient that is no number or, with `spike_deviations` set, a loss that many standard
     deviations above the recent mean. `on_bad_step` stops the run, skips the update, or rolls back to the last good
-    checkpoint (a step that is bad twice is skipped); after `max_bad_steps` the run stops. `skip_steps` (0-based) are
+    checkpoint (a step that is bad twice is skipped); after `max_bad_steps` the run stops. `skip_steps` (counted from 1, as in the metrics) are
     passed over without training. A worker that makes no progress for `hang_timeout_s` is named and ended.
 
     `keep_checkpoints` newest checkpoints stay, and for ever those every `milestone_every_steps` (0: none).
@@ -118,7 +118,7 @@ class LoopConfig:
         if self.spike_deviations is not None:
             require_positive(self, "spike_deviations")
         for step in self.skip_steps:
-            require(step >= 0, "LoopConfig.skip_steps", step, "0-based steps, 0 or more")
+            require(step >= 1, "LoopConfig.skip_steps", step, "steps counted from 1")
         self._check_fp8()
 
     def _check_fp8(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,17 +18,27 @@ CPU_REMEDY = "nano and the demo run on the CPU; everything larger wants a CUDA G
 FP8_PRECISIONS: tuple[Precision, ...] = ("fp8-te", "fp8-torchao")
 
 
-def driver(proc: Path = Path("/proc"), sys: Path = Path("/sys")) -> Check:
-    """NVIDIA's kernel driver, whether or not its tools are installed."""
+def driver(proc: Path = Path("/proc"), sys: Path = Path("/sys"), smi: str = "nvidia-smi") -> Check:
+    """NVIDIA's kernel driver: as the kernel tells it, or in a container that hides that, as its tool does."""
     file = proc / "driver/nvidia/version"
-    if file.is_file():
-        version = re.search(r"\b(\d{3})\.\d+(\.\d+)?\b", file.read_text())
+    told = file.read_text() if file.is_file() else driver_by_tool(smi)
+    if told:
+        version = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", told)
         return Check("driver", True, version.group() if version else "of an unknown version")
     devices = nvidia_devices(sys)
     if not devices:
         return Check("driver", None, "no NVIDIA GPU in this machine", CPU_REMEDY)
     remedy = "install NVIDIA's driver; in a container: docker run --gpus all"
     return Check("driver", False, f"{devices} NVIDIA GPU{'s' * (devices > 1)}, but no driver", remedy)
+
+
+def driver_by_tool(smi: str) -> str:
+    """What nvidia-smi says of the driver's version; nothing where there is no tool, or it has nothing to say."""
+    command = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def nvidia_devices(sys: Path) -> int:

@@ -88,8 +88,11 @@ def scale_for(amax: Tensor, form: torch.dtype, otherwise: Tensor) -> Tensor:
 
 
 def cast(x: Tensor, scale: Tensor, form: torch.dtype) -> Tensor:
-    """x * scale rounded to FP8, in fp32. What exceeds `form` becomes its largest number: torch's own cast makes it NaN
-    (2.11), inf (e5m2) or the largest number (e4m3 since 2.12), the GPU's cast saturates."""
+    """x * scale rounded to FP8, in fp32.
+
+    What exceeds `form` becomes its largest number, as on a GPU; torch's cast alone would make it NaN (e4m3 up to 2.11)
+    or inf (e5m2).
+    """
     largest = torch.finfo(form).max
     return (x.detach().float() * scale).clamp_(-largest, largest).to(form).float()
 

@@ -7,8 +7,9 @@ bf16, as in the Danube report (section 3). Parameters, names and state dict are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -68,9 +69,9 @@ def convert(model: ModelT, precision: Precision, scaling: Fp8Scaling | None = No
     device = next(model.parameters()).device
     check_precision(precision, device, scaling)
     if precision in FP8_SCALINGS:
-        make, chosen = fp8_product(precision), scaling or FP8_SCALINGS[precision][0]
-        replace_linears(model, lambda weight: make(weight, chosen))
-        fuse(model, lambda weight: make(weight, chosen))
+        make = partial(fp8_product(precision), scaling=scaling or FP8_SCALINGS[precision][0])
+        replace_linears(model, make)
+        fuse(model, make)
     return model
 
 
@@ -146,12 +147,11 @@ def load_scaling_state(model: nn.Module, state: dict[str, Tensor]) -> None:
             holder.product.load(part)
 
 
-class MakeFp8Product(Protocol):
-    def __call__(self, weight: Tensor, scaling: Fp8Scaling) -> Product: ...
+def fp8_product(precision: Precision) -> Callable[..., Product]:
+    """What makes an FP8 precision's product for a weight (out, in), given `scaling`.
 
-
-def fp8_product(precision: Precision) -> MakeFp8Product:
-    """What makes the products of an FP8 precision; `ConfigError` where its library can't be imported."""
+    Raises `ConfigError` where the precision's library can't be imported.
+    """
     try:
         if precision == "fp8-te":
             from danube_ray.model.fp8_te import TransformerEngineProduct

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
-from danube_ray.config import LoopConfig, Parallelism, RunConfig, StageConfig
+from danube_ray.config import ConfigError, LoopConfig, Parallelism, RunConfig, StageConfig
 from danube_ray.planner.hardware import Hardware
 from danube_ray.planner.memory import Memory, largest_micro_batch, memory
 from danube_ray.planner.speed import StepTime, step_time
@@ -134,12 +135,11 @@ def stage_plan(run: RunConfig, stage: StageConfig, gpu: Hardware, num_gpus: int)
 
 
 def alternatives(loop: LoopConfig, num_gpus: int) -> Iterator[LoopConfig]:
-    """The loop under each parallelism that it allows, without activation checkpointing and with it."""
+    """The loop under each parallelism, without activation checkpointing and with it, where the settings allow that."""
     for parallelism in PARALLELISMS if num_gpus > 1 else PARALLELISMS[:1]:
-        if parallelism == "zero3" and loop.scaling is not None:
-            continue  # refused by LoopConfig
         for checkpointing in (False, True):
-            yield dataclasses.replace(loop, parallelism=parallelism, activation_checkpointing=checkpointing)
+            with suppress(ConfigError):
+                yield dataclasses.replace(loop, parallelism=parallelism, activation_checkpointing=checkpointing)
 
 
 def find_remedy(run: RunConfig, gpu: Hardware, num_gpus: int) -> Remedy | None:

@@ -198,7 +198,7 @@ def raise_ending(folder: Path) -> NoReturn:
     error = {"stopped": RunStopped, "diverged": TrainingDiverged, "refused": ArtifactError}.get(
         newest["event"], RuntimeError
     )
-    raise error(f"{folder} at step {newest['step'] + 1}: {newest['detail']}")
+    raise error(f"{folder} at step {newest['step']}: {newest['detail']}")
 
 
 def located(config: ConfigT) -> ConfigT:

@@ -30,7 +30,8 @@ class RunStopped(RuntimeError):
 class Events:
     """`events.jsonl` of a run: what happened to it, in the order in which it happened. Only rank 0 writes.
 
-    Unlike metrics, events of steps that are trained again stay: they are how often things went wrong.
+    Unlike metrics, events of steps that are trained again stay: they are how often things went wrong. Steps count from
+    1, as in the metrics.
     """
 
     def __init__(self, run_folder: Path, writes: bool = True) -> None:
@@ -67,7 +68,7 @@ class BadSteps:
         self._recent = deque(losses, maxlen=RECENT_STEPS)
 
     def judge(self, step: int, loss: float, grad_norm: float) -> Verdict:
-        """What to do with 0-based `step`; raises `TrainingDiverged` where the run should end.
+        """What to do with `step`, counted from 1; raises `TrainingDiverged` where the run should end.
 
         Takes numbers that are the same on every rank, so every rank comes to the same verdict.
         """
@@ -79,7 +80,7 @@ class BadSteps:
         answer = self.settings.on_bad_step
         if answer == "stop" or len(self.bad) > self.settings.max_bad_steps:
             limit = "" if answer == "stop" else f", after max_bad_steps={self.settings.max_bad_steps} others"
-            detail = f"{reason} at step {step + 1}{limit}: lower the learning rate, or look at the data of this step"
+            detail = f"{reason} at step {step}{limit}: lower the learning rate, or look at the data of this step"
             self.events.write("diverged", step, detail)
             raise TrainingDiverged(detail)
         if answer == "rollback" and step not in self.rolled_back:

@@ -16,6 +16,8 @@ from danube_ray.train.step import validate
 
 Verdict = Literal["good", "warn", "bf16"]
 
+BF16 = {"precision": "bf16", "fp8_scaling": None, "fp8_guard_every_steps": 0}  # a loop's settings without FP8
+
 
 @dataclass(frozen=True)
 class Gap:
@@ -65,6 +67,3 @@ class Guard:
         """Go on in bf16, with the same weights, moments and state dict."""
         to_bf16(strategy.module)
         self.settings = dataclasses.replace(self.settings, **BF16)
-
-
-BF16 = {"precision": "bf16", "fp8_scaling": None, "fp8_guard_every_steps": 0}

@@ -89,6 +89,8 @@ class Fit:
         self.guard = Guard(settings)
         self.updates = 0  # steps that changed the weights: a skipped one doesn't count for AdamW's bias correction
         self.start_from(self.restore())
+        if self.step:
+            self.events.write("resumed", self.step, f"with {context.world_size} workers")
 
     def run(self) -> FitResult:
         stopped = None
@@ -147,7 +149,7 @@ class Fit:
             stop, look, committed = gradient.flags
             if committed:
                 self.report_saved()
-            verdict = self.bad_steps.judge(step, gradient.loss, gradient.norm) if gradient.count else "skip"
+            verdict = self.bad_steps.judge(step + 1, gradient.loss, gradient.norm) if gradient.count else "skip"
             if verdict == "rollback" and self.roll_back():
                 batches = chain(self.read_again(step + 1), batches)
                 continue
@@ -156,13 +158,13 @@ class Fit:
             self.after_step()
             self.profiler.step()
             if look and (notice := self.context.preemption_notice()):
-                self.events.write("preemption", step, notice)
+                self.events.write("preemption", self.step, notice)
                 self.save()
                 self.finish_saving()
             if stop and self.step < self.last:
                 self.save()
                 reason = self.context.stop_requested() or "another worker was asked to stop"
-                self.events.write("stopped", step, reason)
+                self.events.write("stopped", self.step, reason)
                 self.finish_saving()
                 return reason
         self.finish_saving()
@@ -185,7 +187,7 @@ class Fit:
         if look:
             self.looked_s = time.monotonic()
         flags = (float(stop), float(look), float(self.saver.just_committed()))
-        if self.step in self.settings.skip_steps:
+        if self.step + 1 in self.settings.skip_steps:
             told = self.strategy.sum_over_ranks(torch.tensor(flags, device=self.context.device))
             return Gradient(loss_sum=0.0, count=0.0, norm=0.0, flags=tuple(told.tolist()))
         return accumulate(
@@ -200,7 +202,7 @@ class Fit:
         if restored:
             self.start_from(restored)
         else:
-            self.events.write("skip", self.step, "there is no checkpoint yet to roll back to")
+            self.events.write("skip", self.step + 1, "there is no checkpoint yet to roll back to")
         return restored > 0
 
     def read_again(self, end: int) -> Batches:
@@ -255,7 +257,8 @@ class Fit:
             samples = self.task.samples(self.strategy.module)  # by every rank: under ZeRO-3 each holds a part
         if self.log is not None:
             self.log.write_samples(place, samples)
-            self.log.write_report(finished=self.step == self.last)
+            if self.step == self.last:
+                self.log.write_report(finished=True)
 
     def compare_with_bf16(self) -> None:
         """Measure what FP8 costs on held-out data; warn, or go on in bf16, where it is more than the settings allow."""
@@ -267,7 +270,7 @@ class Fit:
         verdict = self.guard.judge(gap)
         if verdict != "good":
             what = "going on in bf16" if verdict == "bf16" else "going on"
-            self.events.write("fp8 guard", self.step - 1, f"loss {gap.relative:+.2%} against bf16's: {what}")
+            self.events.write("fp8 guard", self.step, f"loss {gap.relative:+.2%} against bf16's: {what}")
         if verdict == "bf16":
             self.fall_back()
 

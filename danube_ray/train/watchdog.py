@@ -77,7 +77,7 @@ class Watchdog:
         detail = self._describe(notes)
         logger.error("no progress for %.0f s: %s", self.timeout_s, detail)
         if self.rank == min(fresh, default=self.rank):  # one of those who can still write
-            Events(self.run_folder).write("hang", self.step, detail)
+            Events(self.run_folder).write("hang", self.step + 1, detail)
         with (self.run_folder / f"hang-rank-{self.rank}.txt").open("w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         os._exit(EXIT_HANGING)  # the main thread may sit in a collective that nothing else can end

@@ -123,7 +123,7 @@ def test_a_run_that_everything_happens_to_ends_as_one_that_nothing_happened_to(
     assert driver.returncode == 128 + signal.SIGTERM, said[-3000:]
     assert "saved and stopped" in said and "SIGTERM" in said
     stopped = committed(folder)[-1]
-    assert events(folder) == ["checkpoint passed over", "stopped"]
+    assert events(folder) == ["resumed", "checkpoint passed over", "resumed", "stopped"]
     assert max(losses(folder)) == stopped < 3 * STAGE_STEPS
 
     driver = begin("troubled")

@@ -65,9 +65,9 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 def test_a_skipped_step_equals_a_run_set_to_skip_it(tmp_path):
     skipped = run(Poisoned({6}), tmp_path / "skipped", on_bad_step="skip")
-    told = run(CountingTask(STEPS), tmp_path / "told", skip_steps=(6,))
+    told = run(CountingTask(STEPS), tmp_path / "told", skip_steps=(7,))
     assert_same_run(skipped, told)
-    assert events(skipped) == [("skip", 6)] and events(told) == []
+    assert events(skipped) == [("skip", 7)] and events(told) == []
     assert [row["step"] for row in rows(skipped, "train")] == [step for step in range(1, STEPS + 1) if step != 7]
     plain = run(CountingTask(STEPS), tmp_path / "plain")
     assert any(not torch.equal(weights(plain)[name], weights(told)[name]) for name in weights(told))
@@ -75,11 +75,11 @@ def test_a_skipped_step_equals_a_run_set_to_skip_it(tmp_path):
 
 def test_a_resumed_run_counts_updates_and_not_steps(tmp_path):
     """AdamW's bias correction goes by updates: were it set to the step on resuming, the weights would differ."""
-    whole = run(CountingTask(STEPS), tmp_path / "whole", skip_steps=(0, 1, 2))
-    resumed = run(CountingTask(STEPS), tmp_path / "resumed", skip_steps=(0, 1, 2))
+    whole = run(CountingTask(STEPS), tmp_path / "whole", skip_steps=(1, 2, 3))
+    resumed = run(CountingTask(STEPS), tmp_path / "resumed", skip_steps=(1, 2, 3))
     for step in checkpoint.checkpoint_steps(resumed / "checkpoints")[1:]:
         (checkpoint.checkpoint_folder(resumed / "checkpoints", step) / "manifest.json").unlink()
-    run(CountingTask(STEPS), resumed, skip_steps=(0, 1, 2))
+    run(CountingTask(STEPS), resumed, skip_steps=(1, 2, 3))
     assert_same_run(whole, resumed)
 
 
@@ -87,19 +87,19 @@ def test_a_passing_fault_that_is_rolled_back_leaves_no_trace(tmp_path):
     plain = run(CountingTask(STEPS), tmp_path / "plain")
     rolled_back = run(Poisoned({6, 10}, times=1), tmp_path / "rolled_back", on_bad_step="rollback")
     assert_same_run(plain, rolled_back)
-    assert events(rolled_back) == [("rollback", 6), ("rollback", 10)]
+    assert events(rolled_back) == [("rollback", 7), ("rollback", 11)]
 
 
 def test_a_step_that_is_bad_again_after_the_rollback_is_skipped(tmp_path):
     stubborn = run(Poisoned({6}), tmp_path / "stubborn", on_bad_step="rollback")
-    assert events(stubborn) == [("rollback", 6), ("skip", 6)]
-    assert_same_run(run(CountingTask(STEPS), tmp_path / "told", skip_steps=(6,)), stubborn)
+    assert events(stubborn) == [("rollback", 7), ("skip", 7)]
+    assert_same_run(run(CountingTask(STEPS), tmp_path / "told", skip_steps=(7,)), stubborn)
 
 
 def test_without_a_checkpoint_a_rollback_is_a_skip(tmp_path):
     early = run(Poisoned({1}), tmp_path / "early", on_bad_step="rollback")
-    assert events(early) == [("rollback", 1), ("skip", 1)]
-    assert_same_run(run(CountingTask(STEPS), tmp_path / "told", skip_steps=(1,)), early)
+    assert events(early) == [("rollback", 2), ("skip", 2)]
+    assert_same_run(run(CountingTask(STEPS), tmp_path / "told", skip_steps=(2,)), early)
 
 
 def test_bad_steps_end_the_run_past_their_limit_which_counts_over_restarts(tmp_path):
@@ -136,7 +136,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_end(tmp_path)
     result = fit(CountingTask(STEPS), tmp_path / "stopped", SETTINGS, OPTIMIZER, Stops())
     assert (result.stopped, result.steps, result.checkpoint.name) == ("SIGTERM", 7, "step-00000007")
     assert checkpoint.newest_verified(tmp_path / "stopped" / "checkpoints") == result.checkpoint
-    assert events(tmp_path / "stopped") == [("stopped", 6)]
+    assert events(tmp_path / "stopped") == [("stopped", 7)]
     run(CountingTask(STEPS), tmp_path / "stopped")
     assert_same_run(run(CountingTask(STEPS), tmp_path / "plain"), tmp_path / "stopped")
 
@@ -152,7 +152,7 @@ def test_a_preemption_notice_saves_once_and_training_goes_on(tmp_path, monkeypat
 
     fit(CountingTask(STEPS), tmp_path, dataclasses.replace(SETTINGS, keep_checkpoints=9), OPTIMIZER, Warned())
     assert checkpoint.checkpoint_steps(tmp_path / "checkpoints") == [3, 4, 8, 12, STEPS]
-    assert events(tmp_path) == [("preemption", 2)]
+    assert events(tmp_path) == [("preemption", 3)]
 
 
 def test_milestones_outlive_the_newest(tmp_path):
@@ -200,5 +200,5 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_says_so(tmp_path):
         file = checkpoint.checkpoint_folder(damaged / "checkpoints", step) / name
         file.write_bytes(file.read_bytes()[:-1])
     run(CountingTask(STEPS), damaged)
-    assert events(damaged) == [("checkpoint passed over", STEPS), ("checkpoint passed over", 12)]
+    assert events(damaged) == [("checkpoint passed over", STEPS), ("checkpoint passed over", 12), ("resumed", 8)]
     assert_same_run(plain, damaged)

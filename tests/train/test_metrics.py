@@ -87,7 +87,7 @@ def test_the_report_follows_the_run_at_little_cost(tmp_path: Path, monkeypatch: 
             log.write("train", {"step": step, "loss": 1.0})
             now[0] += 10
         log.write_report(finished=True)
-    assert [round(at) for at, _ in pages] == [0, 260, 521, 592]
+    assert [round(at) for at, _ in pages] == [0, 250, 501, 592]
     assert [live for _, live in pages] == [True, True, True, False]
 
 

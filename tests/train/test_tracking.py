@@ -25,7 +25,8 @@ from tests.train.test_metrics import SAMPLE, log_steps
 pytest.importorskip("wandb")
 pytest.importorskip("mlflow")
 
-CONFIG = {"name": "run", "model": {"num_layers": 2}, "stages": [{"tokens": 10}, {"tokens": 20}]}
+ROW = {"step": 1, "tokens": 10, "loss": 1.0, "learning_rate": 1e-3}
+CONFIG = {"name": "run", "model": {"num_layers": 2}, "parts": [{"tokens": 10}, {"tokens": 20}]}
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,7 @@ def test_mlflow_has_every_step_once_in_one_run(run_folder: Path) -> None:
     history = [(item.step, item.value) for item in client.get_metric_history(run.info.run_id, "train/loss")]
     assert sorted(history) == [(step, pytest.approx(1 / step)) for step in range(1, 16)]
     assert len(client.get_metric_history(run.info.run_id, "validation/by_source/web")) == 3
-    assert run.data.params["model.num_layers"] == "2" and run.data.params["stages.1.tokens"] == "20"
+    assert run.data.params["model.num_layers"] == "2" and run.data.params["parts.1.tokens"] == "20"
     texts = sorted(run_folder.parent.glob("mlartifacts/**/step-*.txt"))
     assert [text.stem for text in texts] == ["step-00000005", "step-00000010", "step-00000015"]
     assert SAMPLE["continuation"] in texts[0].read_text()
@@ -130,7 +131,7 @@ def test_mlflow_has_every_step_once_in_one_run(run_folder: Path) -> None:
 
 def test_a_run_that_raises_is_marked_as_failed(run_folder: Path) -> None:
     with pytest.raises(RuntimeError), MetricsLog(run_folder, 0, "mlflow") as log:
-        log.write("train", {"step": 1, "loss": 1.0})
+        log.write("train", ROW)
         raise RuntimeError
     assert mlflow_run(run_folder)[1].info.status == "FAILED"
 
@@ -156,10 +157,10 @@ def test_a_tracker_that_breaks_is_one_warning_and_training_goes_on(
 ) -> None:
     with warnings.catch_warnings(record=True) as caught, MetricsLog(run_folder, 0, tracker) as log:
         warnings.simplefilter("always")
-        log.write("train", {"step": 1, "loss": 1.0})
+        log.write("train", ROW)
         break_it(run_folder)
         for step in range(2, 6):
-            log.write("train", {"step": step, "loss": 1.0})
+            log.write("train", {**ROW, "step": step})
     if tracker == "wandb":  # forget the dead service, so that nobody speaks to it when the tests end
         with contextlib.suppress(Exception):
             import_module("wandb").teardown()

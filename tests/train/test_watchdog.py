@@ -68,7 +68,7 @@ def test_the_rank_that_hangs_is_named_and_the_others_do_not_wait_for_ever(tmp_pa
             process.send_signal(signal.SIGKILL)
             process.wait()
     hangs = [row for row in read_json_lines(tmp_path / EVENTS) if row["event"] == "hang"]
-    assert [row["step"] for row in hangs] == [3]  # one rank tells it
+    assert [row["step"] for row in hangs] == [4]  # one rank tells it
     assert "rank 1 (" in hangs[0]["detail"] and said in hangs[0]["detail"]
     assert "rank 0" not in hangs[0]["detail"]
     assert "no progress for 4 s: rank 1" in error

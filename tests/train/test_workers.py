@@ -101,6 +101,7 @@ def test_a_run_that_changes_from_two_to_four_to_three_workers_keeps_its_losses(t
     losses = {name: [row["loss"] for row in rows if row["kind"] == "train"] for name, rows in logs.items()}
     assert [row["step"] for row in logs["changing"] if row["kind"] == "train"] == list(range(1, STEPS + 1))
     events = read_json_lines(tmp_path / "changing" / "events.jsonl")
-    assert [(row["event"], row["step"] + 1) for row in events] == [("stopped", 17), ("stopped", 33)]
+    expected = [("stopped", 17), ("resumed", 17), ("stopped", 33), ("resumed", 33)]
+    assert [(row["event"], row["step"]) for row in events] == expected
     assert losses["changing"] == pytest.approx(losses["constant"], abs=1e-3)
     assert losses["constant"][-1] < losses["constant"][0] - 0.5
