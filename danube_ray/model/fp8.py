@@ -113,7 +113,8 @@ class DelayedScale:
     """Scales by the largest amax of the last `AMAX_HISTORY` regions, 1 to begin with.
 
     `history[0]` gathers the amax of the region that runs; before the next, `advance` takes the maximum of all and moves
-    them on. An amax that says nothing (0, inf, NaN) leaves the scale as it is.
+    them on. Where that is 0 or infinite it says nothing and the scale stays, after one infinite value until it has left
+    the history; NaN is passed over.
     """
 
     def __init__(self, form: torch.dtype, device: torch.device) -> None:
@@ -175,6 +176,7 @@ class EmulatedProduct:
         return {f"{name}.{part}": getattr(scale, part) for name, scale in parts for part in ("scale", "history")}
 
     def load(self, state: dict[str, Tensor]) -> None:
+        self.region = -1  # one that is over, so that what it gathered is taken in
         for name, scale in self.delayed.items():
             scale.scale.copy_(state[f"{name}.scale"])
             scale.history.copy_(state[f"{name}.history"])

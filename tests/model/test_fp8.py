@@ -93,13 +93,16 @@ def test_delayed_scaling_gathers_the_uses_of_a_region_and_saturates_what_outgrow
     assert (values * factor).tolist() == [1.0, 2.0, 2.0]
 
 
-def test_an_infinite_amax_leaves_the_delayed_scale():
-    delayed = DelayedScale(FORWARD, CPU)
-    delayed(torch.tensor([2.0]))
-    delayed.advance()
-    values, factor = delayed(torch.tensor([INF, 1.0]))
-    delayed.advance()
-    assert (values * factor).tolist() == [2.0, 1.0] and delayed.scale.item() == 224.0
+def test_an_infinite_amax_leaves_the_delayed_scale_until_it_is_forgotten(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fp8, "AMAX_HISTORY", 3)
+    delayed, scales = DelayedScale(FORWARD, CPU), []
+    for amax in (2.0, INF, 4.0, 4.0, 4.0, 4.0):
+        values, factor = delayed(torch.tensor([amax, 1.0]))
+        scales.append(delayed.scale.item())
+        if amax == INF:
+            assert (values * factor).tolist() == [2.0, 1.0]
+        delayed.advance()
+    assert scales == [1.0, 224.0, 224.0, 224.0, 224.0, 112.0]
 
 
 def test_the_emulated_product_errs_as_fp8_does():

@@ -234,6 +234,8 @@ def test_delayed_scales_go_on_where_a_checkpoint_left_them(tmp_path: Path):
         resumed.load_state_dict(load_file(tmp_path / "model.safetensors"))
         if with_scales:
             load_scaling_state(resumed, state)
+            found = scaling_state(resumed)
+            assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
         assert (train(resumed, recipe, steps=2) == expected) is with_scales
 
 

@@ -17,7 +17,7 @@ from danube_ray.artifacts import provenance
 from danube_ray.planner import GIB
 
 PACKAGES = ("torch", "triton", "transformers", "transformer-engine", "flash-attn", "torchao", "numpy")
-LIMITS = "driver_version,power.limit,clocks.max.sm,clocks.max.mem"
+LIMITS = "driver_version,power.limit,clocks.max.sm"
 CLOCKS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 SAMPLE_MS = 250
 
@@ -60,8 +60,8 @@ def smi(fields: str) -> list[str]:
 class Clocks:
     """Asks nvidia-smi for clocks, power and temperature several times a second while the block runs.
 
-    `medians` has the median of each, with the least SM clock beside it: a card that throttles shows there. Empty where
-    there is no nvidia-smi.
+    `medians` has the median of each, with the least beside it: a card that throttles shows there. Empty where there is
+    no nvidia-smi.
     """
 
     def __init__(self) -> None:
@@ -82,17 +82,18 @@ class Clocks:
             return
         self._process.terminate()
         output, _ = self._process.communicate()
-        rows = [row for line in output.splitlines() if (row := numbers(line))]
-        if rows:
-            columns = list(zip(*rows, strict=True))
-            self.medians = {name: statistics.median(column) for name, column in zip(CLOCKS, columns, strict=True)}
-            self.medians |= {"clocks.sm least": min(columns[0]), "samples": len(rows)}
+        rows = [row for line in output.splitlines() if len(row := numbers(line)) == len(CLOCKS)]
+        for index, name in enumerate(CLOCKS):
+            if told := [value for row in rows if (value := row[index]) is not None]:
+                self.medians |= {name: statistics.median(told), f"{name} least": min(told)}
 
 
-def numbers(line: str) -> list[float] | None:
-    """A line of the loop as numbers; None for one cut off by the end, or with a value that the card doesn't tell."""
-    try:
-        values = [float(value) for value in line.split(",")]
-    except ValueError:
-        return None
-    return values if len(values) == len(CLOCKS) else None
+def numbers(line: str) -> list[float | None]:
+    """A line of the loop as numbers, None where the card doesn't tell one; a line cut off by the end is shorter."""
+    values: list[float | None] = []
+    for field in line.split(","):
+        try:
+            values.append(float(field))
+        except ValueError:
+            values.append(None)
+    return values

@@ -130,7 +130,8 @@ def memory_table(rows: list[Row]) -> str:
 
 
 def clocks(medians: dict[str, float]) -> str:
-    return f"{medians['clocks.sm']:.0f} MHz, {medians['power.draw']:.0f} W" if medians else ""
+    units = {"clocks.sm": "MHz", "power.draw": "W"}
+    return ", ".join(f"{medians[name]:.0f} {unit}" for name, unit in units.items() if name in medians)
 
 
 def table(head: tuple[str, ...], lines: Iterable[tuple[str, ...]]) -> str:
