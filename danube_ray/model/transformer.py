@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from danube_ray.config import AttentionBackend, ModelConfig, require
 from danube_ray.model.attention import BACKENDS, Attend, prepare
+from danube_ray.model.functional import Rotation, cross_entropy_sum, logit_gradient, rms_norm, rotate, swiglu
 from danube_ray.model.projections import Project, separate
-
-Rotation = tuple[Tensor, Tensor]  # cosines and sines, (T, 1, D/2) each, fp32
 
 
 class RMSNorm(nn.Module):
@@ -34,7 +33,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.epsilon).to(dtype)
+        return rms_norm(x.float(), self.weight.float(), self.epsilon).to(dtype)
 
 
 def rotation(sequence_length: int, head_dim: int, theta: float, device: torch.device) -> Rotation:
@@ -49,13 +48,6 @@ def rotation(sequence_length: int, head_dim: int, theta: float, device: torch.de
     return angle.cos(), angle.sin()
 
 
-def rotate(x: Tensor, by: Rotation) -> Tensor:
-    """Rotate the heads of x (B, T, heads, D) in fp32; a pair is (d, d + D/2), Hugging Face's rotate-half convention."""
-    cosine, sine = by
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
-
-
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -66,11 +58,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
         self.project: Project = separate
+        self.rotate = rotate
 
     def forward(self, x: Tensor, by: Rotation, attend: Attend) -> Tensor:
         projected = self.project(x, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in projected)  # (B, T, H, D), (B, T, K, D) twice
-        q, k = rotate(q, by), rotate(k, by)
+        q, k = self.rotate(q, by), self.rotate(k, by)
         if x.is_cpu:
             # CPU kernels take fp32 two to three times as fast as bf16 here, so autocast stops at the projections.
             with torch.autocast("cpu", enabled=False):
@@ -89,10 +82,11 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.project: Project = separate
+        self.activate = swiglu
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.project(x, self.gate_proj, self.up_proj)  # (B, T, F) each
-        return self.down_proj(F.silu(gate) * up)  # (B, T, E)
+        return self.down_proj(self.activate(gate, up))  # (B, T, E)
 
 
 class Layer(nn.Module):
@@ -112,13 +106,15 @@ class Decoder(nn.Module):
     """Tokens to normed hidden states: everything below the head.
 
     `config` may be replaced between steps by one with another window or RoPE base (a stage's), `attention` by another
-    backend: each forward pass reads them.
+    backend: each forward pass reads them. With `checkpoint_layers` set, a layer keeps only its input for the backward
+    pass, and computes the rest again there.
     """
 
     def __init__(self, config: ModelConfig, attention: AttentionBackend) -> None:
         super().__init__()
         self.config = config
         self.attention: AttentionBackend = attention
+        self.checkpoint_layers = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -129,12 +125,28 @@ class Decoder(nn.Module):
         x = self.embed_tokens(tokens)  # (B, T, E)
         attend = prepare(self.attention, config, x, document_ids)
         for layer in self.layers:
-            x = layer(x, by, attend)
+            if self.checkpoint_layers and torch.is_grad_enabled():
+                x = checkpoint(layer, x, by, attend, use_reentrant=False)
+            else:
+                x = layer(x, by, attend)
         return self.norm(x)
 
 
+class Head(nn.Linear):
+    """Hidden states to logits, or to the loss of their labels."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config.hidden_size, config.vocab_size, bias=False)
+        self.logit_gradient = logit_gradient
+
+    def forward(self, input: Tensor, labels: Tensor | None = None) -> Tensor:
+        if labels is None:
+            return super().forward(input)  # (B, T, V)
+        return cross_entropy_sum(input, self.weight, labels, self.logit_gradient)
+
+
 class Transformer(nn.Module):
-    """Next-token logits of a Danube model.
+    """Next-token logits of a Danube model, or their loss.
 
     Weights start as N(0, initializer_range); the projections that write into the residual stream are scaled down by
     1/sqrt(2 * num_layers), so that its variance at the top does not grow with depth (GPT-2, section 2.3). On the meta
@@ -146,14 +158,18 @@ class Transformer(nn.Module):
         require(attention in ("auto", *BACKENDS), "attention", attention, f"auto, {', '.join(BACKENDS)}")
         self.config = config
         self.model = Decoder(config, attention)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config)
         self.reset_parameters()
 
-    def forward(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V) after each of `tokens` (B, T), int64. `document_ids` (B, T) keep packed texts apart."""
+    def forward(self, tokens: Tensor, document_ids: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) after each of `tokens` (B, T), int64. `document_ids` (B, T) keep packed texts apart.
+
+        With `labels` (B, T), int64, the sum of their cross-entropy in nats instead, an fp32 scalar; -100 is not
+        trained. The logits never exist at once, and no upstream gradient but a scalar's is possible.
+        """
         length, limit = tokens.shape[1], self.config.context_length
         require(length <= limit, "sequence length", length, f"at most the model's context_length={limit}")
-        return self.lm_head(self.model(tokens, document_ids))
+        return self.lm_head(self.model(tokens, document_ids), labels)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
