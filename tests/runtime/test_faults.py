@@ -175,6 +175,23 @@ def test_a_lost_node_is_gone_on_without(tokens: Path, tmp_path: Path, capsys: py
     assert list(losses(folder)) == list(range(1, 12 * STAGE_STEPS + 1))
 
 
+def test_a_node_that_is_about_to_be_taken_away_is_saved_for(tokens: Path, tmp_path: Path):
+    """Ray's own notice of a preemption: the run saves at once, between two checkpoints that are due."""
+    with hand_started(num_cpus=3) as cluster:
+        cluster.add_node("--num-cpus=2")
+        code = "from tests.runtime.test_faults import drive_elastic; drive_elastic()"
+        driver = cluster.drive("-c", code, str(tokens), str(tmp_path), "warned")
+        folder = tmp_path / "warned"
+        wait_until(lambda: committed(folder)[-1:] >= [15], driver)
+        cluster.announce_preemption()
+        wait_until(lambda: "preemption" in events(folder), driver)
+        row = next(row for row in read_json_lines(folder / EVENTS) if row["event"] == "preemption")
+        assert "Ray takes away node" in row["detail"]
+        wait_until(lambda: row["step"] in committed(folder), driver)
+        driver.kill()
+        driver.communicate()
+
+
 def row_after(folder: Path, moment: float) -> dict | None:
     """The first training row of workers that began after `moment`: they first drop what was logged past the commit."""
     rows = [row for row in read_json_lines(folder / METRICS) if row["kind"] == "train"]
