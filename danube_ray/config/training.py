@@ -68,8 +68,11 @@ class LoopConfig:
 
     A bad step has a loss or gradient that is no number or, with `spike_deviations` set, a loss that many standard
     deviations above the recent mean. `on_bad_step` stops the run, skips the update, or rolls back to the last good
-    checkpoint (a step that is bad twice is skipped); after `max_bad_steps` the run stops. `skip_steps` (counted from 1, as in the metrics) are
-    passed over without training. A worker that makes no progress for `hang_timeout_s` is named and ended.
+    checkpoint (a step that is bad twice is skipped); after `max_bad_steps` the run stops. `skip_steps`, counted from 1
+    as in the metrics, are passed over without training. A worker without progress for `hang_timeout_s` is named and
+    ended.
+
+    `compile` compiles each layer; under fp8-te, whose products can't be compiled, what lies between them.
 
     `keep_checkpoints` newest checkpoints stay, and for ever those every `milestone_every_steps` (0: none).
 

@@ -23,8 +23,9 @@ ZERO_BUCKETS = {0: 0, 1: 1, 2: 2, 3: 2}
 ZERO_BUCKET_BYTES = 50_000_000 * FP32_BYTES
 ZERO3_LIVE_PARAMETERS = 1_000_000_000
 
-LOSS_CHUNK_TOKENS = 2_048
-LOSS_BYTES_PER_LOGIT = 14  # rounded logits, their fp32 cast, the log-softmax and its gradient
+# `model.functional.cross_entropy_sum` on a GPU: logits that exist at once, as themselves, log-softmax and gradient.
+LOSS_CHUNK_LOGITS = 2**26
+LOSS_BYTES_PER_LOGIT = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ def memory(work: Work) -> Memory:
         buffers_bytes=zero_buffer_bytes(work),
         activations_bytes=tokens * layers,
         working_bytes=tokens * working_bytes_per_token(model, precision),
-        loss_bytes=min(tokens, LOSS_CHUNK_TOKENS) * model.vocab_size * LOSS_BYTES_PER_LOGIT,
+        loss_bytes=loss_bytes(work),
     )
 
 
@@ -87,11 +88,19 @@ def zero_buffer_bytes(work: Work) -> float:
     return gathered + ZERO_BUCKETS[work.zero_stage] * ZERO_BUCKET_BYTES
 
 
+def loss_bytes(work: Work) -> float:
+    """One chunk's logits; and the gradients that the loss makes while it goes forward, of the head and its input."""
+    logits = min(work.micro_batch_tokens * work.model.vocab_size, LOSS_CHUNK_LOGITS)
+    width = FP32_BYTES if work.loop.precision == "fp32" else 2
+    gradients = FP32_BYTES * work.head_parameters + width * work.micro_batch_tokens * work.model.hidden_size
+    return logits * LOSS_BYTES_PER_LOGIT + gradients
+
+
 def layer_bytes_per_token(model: ModelConfig, precision: Precision) -> int:
     """What a layer keeps of one token for its backward pass.
 
     The fp32 residual stream before each of its norms and both normed results; q, k, v, the heads' result and a
-    log-sum-exp a head; of the MLP the gate, its silu, the up projection and their product. Under FP8 q, k and v are
+    log-sum-exp a head; of the MLP the gate, the up projection and their product. Under FP8 q, k and v are
     parts of one tensor, which v keeps beside the rotated q and k; transformer-engine keeps its linears' inputs in FP8.
     """
     width = FP32_BYTES if precision == "fp32" else 2
@@ -103,7 +112,7 @@ def layer_bytes_per_token(model: ModelConfig, precision: Precision) -> int:
     attended = width * (2 * queries + 2 * keys) + FP32_BYTES * model.num_heads
     joined = width * (queries + keys) * fp8
     heads_cast = queries * te
-    mlp = (3 * width + input_width) * model.intermediate_size
+    mlp = (2 * width + input_width) * model.intermediate_size
     return residual + normed + attended + joined + heads_cast + mlp
 
 

@@ -1,7 +1,7 @@
 """Seconds of one optimizer step on one GPU, by part: a time model of GEMMs, attention, memory traffic and the network.
 
 linears      6 FLOP a weight and token, at the rate of bf16 or FP8 GEMMs
-head         the same in bf16, its logits computed once more in the backward pass
+head         the same in bf16
 attention    causal and window-aware, head dims padded as the kernels pad them, document masks not credited
 elementwise  bytes that norms, RoPE, SwiGLU, residuals and the loss move
 casts        bytes that casting activations and their gradients to FP8 moves
@@ -39,9 +39,8 @@ FORWARD = 1 / 3  # of the FLOP of a step
 # Bytes moved a layer and token between its products, forward and backward, counted by operation: a number of the hidden
 # size (norms and residual, fp32), of the rotated heads, of the MLP's width (SwiGLU).
 FUSED = (56, 8, 16)
-EAGER = (120, 100, 28)
-LOSS_BYTES = 24  # a logit: written in bf16, read and softened in fp32, its gradient
-HEAD_AGAIN = 2  # FLOP a weight and token: a chunk's logits are computed again in the backward pass
+EAGER = (120, 57, 28)
+LOSS_BYTES = 26  # a logit: written in bf16, softened in fp32, turned into its gradient, which two products read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +74,7 @@ def step_time(work: Work, gpu: Hardware) -> StepTime:
     elementwise_s = (again * layer_bytes + LOSS_BYTES * model.vocab_size) * tokens / bytes_per_s
     cast_bytes = FP8_CAST_BYTES[loop.scaling].value if loop.scaling else 0
     casts_s = again * cast_bytes * model.num_layers * cast_numbers_per_token(model) * tokens / bytes_per_s
-    head_s = (6 + HEAD_AGAIN) * work.head_parameters * tokens / bf16
+    head_s = 6 * work.head_parameters * tokens / bf16
     compute_s = linears_s + attention_s + elementwise_s + casts_s + head_s
     weights_s = weight_bytes(work) / bytes_per_s
     optimizer_s = OPTIMIZER_BYTES.value * model.num_parameters / work.shards / bytes_per_s

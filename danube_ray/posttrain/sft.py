@@ -7,7 +7,7 @@ from torch import nn
 
 from danube_ray.data.conversations import ConversationReader
 from danube_ray.posttrain.finetune import FinetuneTask
-from danube_ray.train.losses import cross_entropy_sum, trained_labels
+from danube_ray.train.losses import trained_labels
 from danube_ray.train.protocol import TensorBatch
 
 
@@ -25,4 +25,4 @@ class SftTask(FinetuneTask):
         return (self.labels(batch) != -100).sum()
 
     def loss(self, model: nn.Module, batch: TensorBatch) -> torch.Tensor:
-        return cross_entropy_sum(model(batch["tokens"][:, :-1].long()), self.labels(batch))
+        return model(batch["tokens"][:, :-1].long(), labels=self.labels(batch))

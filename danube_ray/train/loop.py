@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from danube_ray.config import LoopConfig, OptimizerConfig
+from danube_ray.model.acceleration import checkpoint_activations, compile_blocks, compile_elementwise
 from danube_ray.model.precision import autocast, check_precision, convert, load_scaling_state, scaling_state
 from danube_ray.train import checkpoint
 from danube_ray.train.faults import BadSteps, Events, Verdict
@@ -72,8 +73,10 @@ class Fit:
         self.last = task.reader.num_steps
         torch.manual_seed(settings.seed)
         module = convert(task.build_model().to(context.device), settings.precision, settings.scaling)
-        if settings.compile:
-            module.compile()
+        if settings.activation_checkpointing:
+            checkpoint_activations(module)
+        if settings.compile:  # transformer-engine's products can't be compiled, what lies between them can
+            compile_elementwise(module) if settings.precision == "fp8-te" else compile_blocks(module)
         self.strategy = build_strategy(module, optimizer, settings, context)
         self.events = Events(run_folder, writes=context.rank == 0)
         self.bad_steps = BadSteps(settings, self.events)

@@ -11,11 +11,6 @@ def trained_labels(tokens: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
     return tokens[:, 1:].masked_fill(~trained[:, 1:], -100)
 
 
-def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood in nats, summed over trained labels. Logits (B, T, V), labels (B, T); float32 inside."""
-    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
-
-
 def sequence_log_probability(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Log-probability (B,) of each row's trained labels. Logits (B, T, V), labels (B, T); float32 inside."""
     losses = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="none")

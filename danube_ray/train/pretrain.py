@@ -15,7 +15,7 @@ from danube_ray.data.tokenizer import Tokenizer
 from danube_ray.data.windows import MixtureReader, ValidationReader
 from danube_ray.model.transformer import Transformer
 from danube_ray.train.initial import check_initial, initial_model, weights_hashes
-from danube_ray.train.losses import cross_entropy_sum, document_ids
+from danube_ray.train.losses import document_ids
 from danube_ray.train.protocol import StepReader, TensorBatch
 from danube_ray.train.samples import write_samples
 
@@ -109,8 +109,7 @@ class PretrainTask:
 
     def loss(self, model: nn.Module, batch: TensorBatch) -> torch.Tensor:
         tokens = batch["tokens"][:, :-1].long()
-        logits = model(tokens, document_ids(tokens, BOS_ID))
-        return cross_entropy_sum(logits, self.labels(batch))
+        return model(tokens, document_ids(tokens, BOS_ID), self.labels(batch))
 
     def validation(self, step: int) -> Mapping[str, StepReader]:
         length = self.stage_at(step).sequence_length

@@ -27,7 +27,7 @@ from danube_ray.model.precision import (
     to_bf16,
 )
 from danube_ray.model.projections import JointProjection, Projection
-from danube_ray.model.transformer import Transformer
+from danube_ray.model.transformer import Head, Transformer
 from danube_ray.posttrain.lora import add_adapters, merge
 
 CPU = torch.device("cpu")
@@ -99,7 +99,7 @@ def test_attention_and_mlp_are_converted_and_nothing_else(precision, scaling):
     assert linears == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert sum(isinstance(holder, Projection) for _, holder in products(model)) == 7 * SMALL.num_layers
     assert sum(isinstance(holder, JointProjection) for _, holder in products(model)) == 2 * SMALL.num_layers
-    assert type(model.lm_head) is nn.Linear and type(model.model.embed_tokens) is nn.Embedding
+    assert type(model.lm_head) is Head and type(model.model.embed_tokens) is nn.Embedding
     # The same parameters under the same names, fp32, and nothing beside them.
     assert list(model.state_dict()) == state
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())

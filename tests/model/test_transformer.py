@@ -6,10 +6,12 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from danube_ray.config import ConfigError, ModelConfig
+from danube_ray.model.functional import rotate
 from danube_ray.model.precision import autocast, check_precision, convert
-from danube_ray.model.transformer import RMSNorm, Transformer, rotate, rotation
+from danube_ray.model.transformer import RMSNorm, Transformer, rotation
 
 CPU = torch.device("cpu")
 SMALL = ModelConfig(
@@ -110,6 +112,17 @@ def test_bf16_autocast_stays_near_fp32():
     assert 1e-4 < difference < 0.05
     with torch.autocast("cpu", torch.bfloat16), autocast("fp32", CPU):
         assert torch.equal(model(text), exact)
+
+
+def test_the_loss_of_labels_is_the_cross_entropy_of_the_logits():
+    model, text, ids = Transformer(SMALL), tokens(2, 17), torch.arange(16).expand(2, 16) // 5
+    labels = text[:, 1:].masked_fill(ids == 2, -100)
+    loss = model(text[:, :-1], ids, labels)
+    expected = F.cross_entropy(model(text[:, :-1], ids).flatten(0, 1), labels.flatten(), reduction="sum")
+    torch.testing.assert_close(loss, expected)
+    weights = list(model.parameters())
+    found, wanted = torch.autograd.grad(loss, weights), torch.autograd.grad(expected, weights)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_gradients_reach_every_weight():

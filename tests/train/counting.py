@@ -11,7 +11,6 @@ from torch import nn
 
 from danube_ray.config import LoopConfig, ModelConfig, OptimizerConfig, to_dict
 from danube_ray.model.transformer import Transformer
-from danube_ray.train.losses import cross_entropy_sum
 from danube_ray.train.protocol import Batch, StepReader, TensorBatch
 
 MODEL = ModelConfig(
@@ -76,7 +75,7 @@ class CountingTask:
         return (self.labels(batch) != -100).sum()
 
     def loss(self, model: nn.Module, batch: TensorBatch) -> torch.Tensor:
-        return cross_entropy_sum(model(batch["tokens"][:, :-1].long()), self.labels(batch))
+        return model(batch["tokens"][:, :-1].long(), labels=self.labels(batch))
 
     def validation(self, step: int) -> Mapping[str, StepReader]:
         return {"counting": CountingReader(2)}

@@ -19,7 +19,7 @@ from danube_ray.data.tokenizer import train_tokenizer
 from danube_ray.model.precision import autocast, convert, scaling_state
 from danube_ray.model.transformer import Transformer
 from danube_ray.presets import nano
-from danube_ray.train.losses import cross_entropy_sum, document_ids
+from danube_ray.train.losses import document_ids
 from danube_ray.train.optimizer import build_optimizer, learning_rate_at
 
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ def two_regions(scaling: Fp8Scaling, batches: list[Tensor], ranks: int = 1) -> d
         model.zero_grad()
         for part, batch in enumerate(batches):
             with autocast("fp8-emulated", CPU, scaling, first_micro_batch=part == 0):
-                loss = cross_entropy_sum(model(batch[:, :-1]), batch[:, 1:])
+                loss = model(batch[:, :-1], labels=batch[:, 1:])
             (loss / ROWS[:, 1:].numel()).backward()  # DDP averages: its gradients are a rank's share of this
     gradients = {name: p.grad * ranks for name, p in module.named_parameters() if p.grad is not None}
     scales = {name: value for name, value in scaling_state(module).items() if name.endswith(".scale")}
@@ -116,7 +116,7 @@ def losses_on_text(rows: Tensor, precision: Precision, scaling: Fp8Scaling | Non
             group["lr"] = learning_rate_at(step, num_steps, config)
         tokens, labels = batch[:, :-1], batch[:, 1:]
         with autocast(precision, CPU, scaling):
-            loss = cross_entropy_sum(model(tokens, document_ids(tokens, BOS_ID)), labels) / labels.numel()
+            loss = model(tokens, document_ids(tokens, BOS_ID), labels) / labels.numel()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

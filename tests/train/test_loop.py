@@ -149,6 +149,7 @@ def test_four_workers_train_what_one_does(tmp_path):
         torch.testing.assert_close(weights(tmp_path / "four")[name], expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_three_workers_resume_to_the_bit(tmp_path):
     """Three ranks: the case in which DDP's regrouped buckets would change the order of addition."""
     torchrun(3, tmp_path / "whole", steps=8)

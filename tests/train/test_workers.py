@@ -19,6 +19,8 @@ from danube_ray.config import RunConfig
 from danube_ray.train.metrics import METRICS
 from tests.runtime.text import small_run, write_text
 
+pytestmark = pytest.mark.slow
+
 STEPS = 50
 RANK = """
 import sys

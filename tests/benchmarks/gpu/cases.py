@@ -30,18 +30,13 @@ PACKED_TOKENS = 500  # mean length of a web document, about
 
 @dataclass(frozen=True, kw_only=True)
 class Mode:
-    """How a step is computed. `eager` switches off torch.compile where the mode would use it."""
+    """How a step is computed: compiled as far as its precision allows, or without torch.compile (`eager`)."""
 
     precision: Precision = "bf16"
     scaling: Fp8Scaling | None = None
     attention: AttentionBackend = "auto"
     eager: bool = False
     checkpointing: bool = False
-
-    @property
-    def compile(self) -> bool:
-        """Block by block, but for transformer-engine: torch 2.11 to 2.13 can't trace its linears."""
-        return not self.eager and self.precision != "fp8-te"
 
     @property
     def number_format(self) -> str:
@@ -64,6 +59,7 @@ BF16 = Mode()
 TE = Mode(precision="fp8-te", scaling="current")
 TORCHAO = Mode(precision="fp8-torchao", scaling="current")
 MAIN = (BF16, TE, TORCHAO)
+UNCOMPILED = (Mode(eager=True), Mode(precision="fp8-te", scaling="current", eager=True))
 OTHER_SCALINGS = (
     Mode(precision="fp8-te", scaling="delayed"),
     Mode(precision="fp8-te", scaling="block"),
@@ -111,18 +107,20 @@ def suite(preset: str | None = None) -> list[Case]:
     """The cases in order: the Danube models, or every sequence length of one preset, in its own precision first."""
     if preset is not None:
         run = PRESETS[preset]()
-        main = MAIN if run.loop.precision != "fp32" else (Mode(precision="fp32", eager=True), Mode(eager=True), *MAIN)
-        more = (*OTHER_SCALINGS, *(Mode(attention=backend) for backend in BACKENDS))
+        own = (Mode(precision="fp32", eager=True),) if run.loop.precision == "fp32" else ()
+        main = (*own, UNCOMPILED[0], *MAIN)
+        more = (*UNCOMPILED[1:], *OTHER_SCALINGS, *(Mode(attention=backend) for backend in BACKENDS))
         lengths = [stage.sequence_length for stage in run.stages]
         return [case for n in lengths for case in [*group(preset, n, main), *speeds(preset, n, *more)]]
     return [
         *group("danube_1_8b", 2_048),
+        *speeds("danube_1_8b", 2_048, *UNCOMPILED),
         *group("danube_1_8b", 8_192),
         *group("danube_1_8b", 4_096),
         *group("danube3_500m", 8_192),
         *(dataclasses.replace(case, optimizer_shards=8) for case in group("danube3_4b", 8_192)),
         Case(kind="speed", preset="danube3_4b", sequence_length=8_192, mode=Mode(checkpointing=True)),
-        *speeds("danube_1_8b", 2_048, *OTHER_SCALINGS, Mode(eager=True)),
+        *speeds("danube_1_8b", 2_048, *OTHER_SCALINGS),
         *speeds("danube_1_8b", 2_048, *(Mode(attention=backend) for backend in BACKENDS)),
         *speeds("danube_1_8b", 8_192, *OTHER_SCALINGS, *(Mode(attention=backend) for backend in BACKENDS)),
         Case(kind="speed", preset="danube_1_8b", sequence_length=2_048, mode=None, peer_attention="sdpa"),

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from danube_ray.config import OptimizerConfig, RunConfig
+from danube_ray.config import LoopConfig, OptimizerConfig, RunConfig
+from danube_ray.model.acceleration import checkpoint_activations, compile_blocks, compile_elementwise
 from danube_ray.model.attention import check_attention
 from danube_ray.model.precision import check_precision, convert
 from danube_ray.train.context import LocalContext
@@ -29,8 +30,10 @@ class Ours:
         torch.manual_seed(run.loop.seed)
         with device:
             module = convert(self.task.build_model(), run.loop.precision, run.loop.fp8_scaling)
+        if run.loop.activation_checkpointing:
+            checkpoint_activations(module)
         if run.loop.compile:
-            module.compile()
+            (compile_elementwise if run.loop.precision == "fp8-te" else compile_blocks)(module)
         self.strategy = OneOfMany(module, run.optimizer, self.context, optimizer_shards)
         self.task.enter_step(module, 0)
 
@@ -54,11 +57,18 @@ class Ours:
             "fp8_scaling": loop.scaling,
             "attention": choice.name,
             "attention_reason": choice.reason,
-            "compile": "each block" if loop.compile else "no",
+            "compile": compiled(loop),
             "activation_checkpointing": loop.activation_checkpointing,
             "weights": "float32",
             "optimizer": optimizer_name(self.optimizer_shards),
         }
+
+
+def compiled(loop: LoopConfig) -> str:
+    """What torch.compile sees; it can't trace transformer-engine's linears."""
+    if not loop.compile:
+        return "no"
+    return "what lies between the linears" if loop.precision == "fp8-te" else "each block"
 
 
 def optimizer_name(shards: int) -> str:

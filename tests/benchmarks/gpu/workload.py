@@ -61,7 +61,7 @@ def one_gpu_run(case: Case, tokens_dir: Path, micro_batch: int | None, accumulat
         fp8_scaling=mode.scaling,
         attention=mode.attention,
         activation_checkpointing=mode.checkpointing,
-        compile=mode.compile,
+        compile=not mode.eager,
     )
     stage = dataclasses.replace(
         stage,
