@@ -27,7 +27,7 @@ DANUBE_OPTIMIZER = OptimizerConfig(
 )
 
 # Danube report, section 3: FP8 on the linears of attention and MLP, DDP on one node of 8 H100s; ours for Danube2 and 3.
-# Attention takes the machine's best backend (auto); nothing is compiled, since transformer-engine runs eager.
+# Attention takes the machine's best backend (auto); what lies between transformer-engine's products is compiled.
 DANUBE_LOOP = LoopConfig(num_workers=NODE_OF_8_GPUS, cpus_per_worker=8, precision="fp8-te", compile=True)
 
 # How the share that is not web is split is ours throughout, in parts of 100: the reports print the web share alone.

@@ -41,10 +41,8 @@ def test_every_preset_carries_its_name_and_can_be_stored(name: str):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_asks_for_nothing_that_its_precision_cannot_do(name: str):
-    loop = PRESETS[name]().loop
-    assert not (loop.compile and loop.precision == "fp8-te")  # transformer-engine runs eager
-    dataclasses.replace(loop, precision="bf16", fp8_scaling=None)  # any preset can be tried without FP8
+def test_any_preset_can_be_tried_without_fp8(name: str):
+    dataclasses.replace(PRESETS[name]().loop, precision="bf16", fp8_scaling=None)
 
 
 @pytest.mark.parametrize("name", PRESETS)
