@@ -10,6 +10,10 @@ important first. `results.jsonl` gets a line as each ends, so a run that is cut 
 on the same folder goes on behind the last. MFU is tokens/s * FLOP a token / the bf16 peak, for FP8 too, with
 `ModelConfig.flops_per_token`: 6 FLOP a matmul weight, head included and embedding not, plus 12 * heads * head_dim a
 layer for each key that the causal window lets a query see.
+
+A line of the results holds the case and what it asked for (`asked_mode`), then what was found, with `mode` as it really
+ran (micro-batch, attention, compile, optimizer), `first_step` (loss and gradient norm, equal between sound modes of a
+shape), `failed_attempts` (what ran out of memory, or was refused) and `machine`; or `error`, where it failed.
 """
 
 from __future__ import annotations
