@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from danube_ray.config import LoopConfig, OptimizerConfig
-from danube_ray.model.acceleration import checkpoint_activations, compile_blocks, compile_elementwise
-from danube_ray.model.precision import autocast, check_precision, convert, load_scaling_state, scaling_state
+from danube_ray.model.precision import autocast, load_scaling_state, scaling_state
 from danube_ray.train import checkpoint
+from danube_ray.train.build import build_module
 from danube_ray.train.faults import BadSteps, Events, Verdict
 from danube_ray.train.guard import Guard
 from danube_ray.train.metrics import MetricsLog, StepClock, mean_loss
@@ -62,7 +62,6 @@ class Fit:
     def __init__(
         self, task: Task, run_folder: Path, settings: LoopConfig, optimizer: OptimizerConfig, context: Context
     ) -> None:
-        check_precision(settings.precision, context.device, settings.scaling)
         if settings.deterministic:
             torch.use_deterministic_algorithms(True)
         if context.device.type == "cpu":
@@ -71,12 +70,7 @@ class Fit:
         self.identity = task.identity() if context.rank == 0 else {}
         self.run_folder, self.checkpoints = run_folder, run_folder / "checkpoints"
         self.last = task.reader.num_steps
-        torch.manual_seed(settings.seed)
-        module = convert(task.build_model().to(context.device), settings.precision, settings.scaling)
-        if settings.activation_checkpointing:
-            checkpoint_activations(module)
-        if settings.compile:  # transformer-engine's products can't be compiled, what lies between them can
-            compile_elementwise(module) if settings.precision == "fp8-te" else compile_blocks(module)
+        module = build_module(task, settings, context.device)
         self.strategy = build_strategy(module, optimizer, settings, context)
         self.events = Events(run_folder, writes=context.rank == 0)
         self.bad_steps = BadSteps(settings, self.events)

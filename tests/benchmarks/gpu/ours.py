@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from danube_ray.config import LoopConfig, OptimizerConfig, RunConfig
-from danube_ray.model.acceleration import checkpoint_activations, compile_blocks, compile_elementwise
 from danube_ray.model.attention import check_attention
-from danube_ray.model.precision import check_precision, convert
+from danube_ray.train.build import build_module
 from danube_ray.train.context import LocalContext
 from danube_ray.train.optimizer import learning_rate_at
 from danube_ray.train.pretrain import PretrainTask
@@ -26,14 +25,8 @@ class Ours:
         self.run, self.optimizer_shards = run, optimizer_shards
         self.task, self.context, self.step = PretrainTask(run), LocalContext(), 0
         self.context.device = device
-        check_precision(run.loop.precision, device, run.loop.fp8_scaling)
-        torch.manual_seed(run.loop.seed)
-        with device:
-            module = convert(self.task.build_model(), run.loop.precision, run.loop.fp8_scaling)
-        if run.loop.activation_checkpointing:
-            checkpoint_activations(module)
-        if run.loop.compile:
-            (compile_elementwise if run.loop.precision == "fp8-te" else compile_blocks)(module)
+        with device:  # drawn there: minutes sooner than on the CPU
+            module = build_module(self.task, run.loop, device)
         self.strategy = OneOfMany(module, run.optimizer, self.context, optimizer_shards)
         self.task.enter_step(module, 0)
 
