@@ -95,9 +95,7 @@ class Fit:
             closing.push(lambda *error: self.log.__exit__(*error) if self.log else None)
             closing.enter_context(self.profiler)
             if self.step < self.last:
-                num_steps = self.settings.profile_steps if self.context.rank == 0 else 0
-                profiler = StepProfiler(self.run_folder / "profile", num_steps, self.context.device)
-                stopped = self.train(closing.enter_context(profiler))
+                stopped = self.train()
         folder = checkpoint.checkpoint_folder(self.checkpoints, self.step)
         return FitResult(self.step, folder, self.validation_loss, stopped)
 
@@ -137,7 +135,7 @@ class Fit:
         self.looked_s = time.monotonic()
         self.clock.restart()
 
-    def train(self, profiler: StepProfiler) -> str | None:
+    def train(self) -> str | None:
         """Train to the last step; why it ended before, where it was asked to."""
         batches = ahead(self.context.batches(self.task.reader, self.step))
         while self.step < self.last:
@@ -151,9 +149,8 @@ class Fit:
                 batches = chain(self.read_again(step + 1), batches)
                 continue
             self.apply(gradient, verdict)
-            profiler.step()
-            self.after_step()
             self.profiler.step()
+            self.after_step()
             if look and (notice := self.context.preemption_notice()):
                 self.events.write("preemption", self.step, notice)
                 self.save()
