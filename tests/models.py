@@ -1,9 +1,23 @@
-"""A tiny Llama folder for tests: random weights by transformers, and a tokenizer trained on the spot."""
+"""Tiny models for tests: a shape, and a Llama folder of random weights by transformers with a tokenizer of its own."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from danube_ray.config import ModelConfig
+
+# Sizes that FP8's kernels take; weights wide enough for every path to move the logits.
+SMALL = ModelConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    context_length=64,
+    initializer_range=0.1,
+)
 TEXT = [
     "The Danube rises in the Black Forest and flows through ten countries to the Black Sea.",
     "A river carries water, sand and stories from the mountains down to the plain.",

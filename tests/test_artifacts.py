@@ -136,4 +136,8 @@ def test_provenance_names_versions_and_is_json():
 
 
 def test_leaves_are_named_by_their_path():
-    assert dict(artifacts.leaves({"a": 1, "b": {"c": [2, {"d": "x"}]}, "e": []})) == {"a": 1, "b.c.0": 2, "b.c.1.d": "x"}
+    assert dict(artifacts.leaves({"a": 1, "b": {"c": [2, {"d": "x"}]}, "e": []})) == {
+        "a": 1,
+        "b.c.0": 2,
+        "b.c.1.d": "x",
+    }

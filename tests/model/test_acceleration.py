@@ -9,25 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from danube_ray.config import LoraConfig, ModelConfig
+from danube_ray.config import LoraConfig
 from danube_ray.model import acceleration
 from danube_ray.model.acceleration import checkpoint_activations, compile_blocks, compile_elementwise
 from danube_ray.model.precision import autocast, convert
 from danube_ray.model.transformer import Layer, Transformer
 from danube_ray.posttrain.lora import add_adapters
+from tests.models import SMALL
 
 CPU = torch.device("cpu")
-SMALL = ModelConfig(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    context_length=64,
-    initializer_range=0.1,
-)
+MODEL = dataclasses.replace(SMALL, num_layers=3)
 
 
 @pytest.fixture
@@ -42,12 +33,12 @@ def _fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def model() -> Transformer:
     torch.manual_seed(0)
-    return Transformer(SMALL)
+    return Transformer(MODEL)
 
 
 def batch(length: int = 32) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, the documents they belong to, and labels, (2, length) each."""
-    tokens = torch.randint(0, SMALL.vocab_size, (2, length + 1), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(0, MODEL.vocab_size, (2, length + 1), generator=torch.Generator().manual_seed(1))
     documents = (torch.arange(length) // 11).expand(2, length)
     labels = tokens[:, 1:].masked_fill(documents == 1, -100)
     return tokens[:, :-1], documents, labels
@@ -126,7 +117,7 @@ def test_compiled_layers_are_recomputed_and_follow_a_stage(precision: str):
     checkpoint_activations(compiled)
     for window, theta in ((None, 10_000.0), (7, 10_000.0), (7, 500.0)):
         for one in (exact, plain, compiled):
-            one.model.config = dataclasses.replace(SMALL, sliding_window=window, rope_theta=theta)
+            one.model.config = dataclasses.replace(MODEL, sliding_window=window, rope_theta=theta)
         expected = gradient(plain, precision=precision)
         rounding = distance(expected, gradient(exact))
         assert distance(gradient(compiled, precision=precision), expected) < 0.5 * rounding

@@ -10,12 +10,13 @@ import torch
 import torch._dynamo.testing
 from torch import Tensor
 
-from danube_ray.config import ConfigError, ModelConfig
+from danube_ray.config import ConfigError
 from danube_ray.model.attention import BACKENDS, Machine, Need, Visibility, check_attention, choose, refusal
 from danube_ray.model.attention.choice import Choice, announce
 from danube_ray.model.attention.kernels import Flex, Kernel, Sdpa, TransformerEngine, Varlen
 from danube_ray.model.transformer import Transformer
 from tests.model.attention_reference import distance, inputs, packed_ids, reference, run
+from tests.models import SMALL
 
 CPU = torch.device("cpu")
 EXACT = 1e-5  # relative L2 of fp32 kernels against float64
@@ -104,17 +105,7 @@ def test_transformer_engine_sees_few_numbers_of_sequences():
     assert [sequences(number) for number in (1, 31, 32, 49)] == [32, 32, 64, 64]
 
 
-MODEL = ModelConfig(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    context_length=64,
-    initializer_range=0.3,
-)
+MODEL = dataclasses.replace(SMALL, head_dim=16, initializer_range=0.3)
 TEXT = torch.arange(96).view(2, 48) % 61
 IDS = packed_ids([[20, 28], [1, 30, 17]])
 

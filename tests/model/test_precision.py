@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from danube_ray.config import ConfigError, Fp8Scaling, LoraConfig, ModelConfig, Precision
+from danube_ray.config import ConfigError, Fp8Scaling, LoraConfig, Precision
 from danube_ray.model.precision import (
     autocast,
     check_precision,
@@ -29,19 +29,9 @@ from danube_ray.model.precision import (
 from danube_ray.model.projections import JointProjection, Projection
 from danube_ray.model.transformer import Head, Transformer
 from danube_ray.posttrain.lora import add_adapters, merge
+from tests.models import SMALL
 
 CPU = torch.device("cpu")
-SMALL = ModelConfig(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    context_length=64,
-    initializer_range=0.1,
-)
 Recipe = tuple[Precision, Fp8Scaling]
 RECIPES: list[Recipe] = [
     ("fp8-emulated", "current"),

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from danube_ray.config import ConfigError, ModelConfig
+from danube_ray.config import ConfigError
 from danube_ray.model.projections import (
     JointProjection,
     fuse,
@@ -24,18 +24,9 @@ from danube_ray.model.projections import (
     replace_linears,
 )
 from danube_ray.model.transformer import Transformer
+from tests.models import SMALL
 
-SMALL = ModelConfig(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    context_length=64,
-    initializer_range=0.2,
-)
+MODEL = dataclasses.replace(SMALL, initializer_range=0.2)
 TOKENS = torch.arange(40).view(2, 20) % 61
 
 TOLERANCE = 1e-5  # fp32, absolute and relative: one joint product sums in another order than separate ones
@@ -44,7 +35,7 @@ TOLERANCE = 1e-5  # fp32, absolute and relative: one joint product sums in anoth
 def pair() -> tuple[Transformer, Transformer]:
     """The same model with separate and with joint projections."""
     torch.manual_seed(0)
-    separate = Transformer(SMALL)
+    separate = Transformer(MODEL)
     joint = copy.deepcopy(separate)
     fuse(joint)
     return separate, joint
@@ -117,7 +108,7 @@ def test_an_optimizer_updates_the_joint_weight():
 @pytest.mark.parametrize("assign", [False, True])
 def test_loaded_weights_are_used(assign: bool):
     _, joint = pair()
-    other = Transformer(dataclasses.replace(SMALL))
+    other = Transformer(dataclasses.replace(MODEL))
     joint.load_state_dict(other.state_dict(), assign=assign)
     assert lie_end_to_end(attention_weights(joint)) is not assign  # assigned: other tensors, wherever they lie
     assert_alike(other, joint)
@@ -149,7 +140,7 @@ def test_activation_checkpointing_gives_the_same_gradients():
 def test_adapters_keep_their_linears_apart():
     for fuse_first in (True, False):
         torch.manual_seed(0)
-        model = Transformer(SMALL)
+        model = Transformer(MODEL)
         if fuse_first:
             fuse(model)
         adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))  # type: ignore[arg-type]
@@ -157,12 +148,12 @@ def test_adapters_keep_their_linears_apart():
         joined = [holder for _, holder in products(adapted) if isinstance(holder, JointProjection)]
         assert bool(joined) is fuse_first
         found = gradients(adapted)
-        assert len(found) == 2 * 2 * SMALL.num_layers
+        assert len(found) == 2 * 2 * MODEL.num_layers
         assert all(found[name].abs().max() > 0 for name in found if "lora_B" in name)
 
 
 def test_only_linears_of_attention_and_mlp_get_a_product():
-    model = get_peft_model(Transformer(SMALL), LoraConfig(r=2, target_modules=["q_proj"]))  # type: ignore[arg-type]
+    model = get_peft_model(Transformer(MODEL), LoraConfig(r=2, target_modules=["q_proj"]))  # type: ignore[arg-type]
     weights: list[Tensor] = []
 
     def make(weight: Tensor):
@@ -180,7 +171,7 @@ def test_only_linears_of_attention_and_mlp_get_a_product():
         "1.mlp.up_proj",
         "1.mlp.down_proj",
     ]
-    assert len(names) == len(weights) == 7 * SMALL.num_layers
+    assert len(names) == len(weights) == 7 * MODEL.num_layers
     model.get_submodule("base_model.model.model.layers.0.mlp").up_proj = nn.Linear(32, 48)
     with pytest.raises(ConfigError, match="up_proj is 'present', allowed is no bias"):
         replace_linears(model, make)

@@ -8,23 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from danube_ray.config import ConfigError, ModelConfig
+from danube_ray.config import ConfigError
 from danube_ray.model.functional import rotate
 from danube_ray.model.precision import autocast, check_precision, convert
 from danube_ray.model.transformer import RMSNorm, Transformer, rotation
+from tests.models import SMALL
 
 CPU = torch.device("cpu")
-SMALL = ModelConfig(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    context_length=64,
-    initializer_range=0.3,  # far from zero, so that every path of the model moves the logits
-)
+MODEL = dataclasses.replace(SMALL, num_layers=3, initializer_range=0.3)
 
 
 @pytest.fixture(autouse=True)
@@ -33,13 +24,13 @@ def _seed() -> None:
 
 
 def tokens(*shape: int) -> torch.Tensor:
-    return torch.randint(0, SMALL.vocab_size, shape)
+    return torch.randint(0, MODEL.vocab_size, shape)
 
 
 def test_a_token_changes_no_earlier_logits():
-    model, text = Transformer(SMALL), tokens(1, 20)
+    model, text = Transformer(MODEL), tokens(1, 20)
     changed = text.clone()
-    changed[0, 11] = (text[0, 11] + 1) % SMALL.vocab_size
+    changed[0, 11] = (text[0, 11] + 1) % MODEL.vocab_size
     difference = (model(text) - model(changed)).abs().amax(dim=-1)[0]
     assert difference[:11].max() == 0
     assert difference[11:].min() > 1e-3
@@ -48,10 +39,10 @@ def test_a_token_changes_no_earlier_logits():
 @torch.no_grad()
 def test_a_window_hides_what_lies_further_back():
     # One layer: with more, what the window hides still travels through the layers between.
-    config = dataclasses.replace(SMALL, num_layers=1, sliding_window=5)
+    config = dataclasses.replace(MODEL, num_layers=1, sliding_window=5)
     model, text = Transformer(config), tokens(1, 20)
     changed = text.clone()
-    changed[0, 3] = (text[0, 3] + 1) % SMALL.vocab_size
+    changed[0, 3] = (text[0, 3] + 1) % MODEL.vocab_size
     difference = (model(text) - model(changed)).abs().amax(dim=-1)[0]
     assert difference[3:8].min() > 1e-4  # positions 3 to 7 see position 3: itself and four back
     assert difference[8:].max() == 0
@@ -60,7 +51,7 @@ def test_a_window_hides_what_lies_further_back():
 @torch.no_grad()
 @pytest.mark.parametrize("window", [None, 6])
 def test_packed_documents_equal_documents_alone(window: int | None):
-    model = Transformer(dataclasses.replace(SMALL, sliding_window=window))
+    model = Transformer(dataclasses.replace(MODEL, sliding_window=window))
     parts = [tokens(1, length) for length in (9, 1, 14)]
     ids = torch.cat([torch.full((1, part.shape[1]), index) for index, part in enumerate(parts)], dim=1)
     packed = model(torch.cat(parts, dim=1), ids)
@@ -70,7 +61,7 @@ def test_packed_documents_equal_documents_alone(window: int | None):
 
 @torch.no_grad()
 def test_one_document_is_no_mask():
-    model, text = Transformer(SMALL), tokens(2, 16)
+    model, text = Transformer(MODEL), tokens(2, 16)
     torch.testing.assert_close(model(text, torch.zeros(2, 16, dtype=torch.int64)), model(text), atol=1e-5, rtol=1e-5)
 
 
@@ -93,7 +84,7 @@ def test_norm_is_computed_in_fp32():
 
 
 def test_initialisation_scales_what_writes_into_the_residual_stream():
-    config = dataclasses.replace(SMALL, hidden_size=256, intermediate_size=512, initializer_range=0.02, num_layers=8)
+    config = dataclasses.replace(MODEL, hidden_size=256, intermediate_size=512, initializer_range=0.02, num_layers=8)
     state = Transformer(config).state_dict()
     assert state["model.embed_tokens.weight"].std().item() == pytest.approx(0.02, rel=0.05)
     assert state["model.layers.3.mlp.up_proj.weight"].std().item() == pytest.approx(0.02, rel=0.05)
@@ -103,7 +94,7 @@ def test_initialisation_scales_what_writes_into_the_residual_stream():
 
 
 def test_bf16_autocast_stays_near_fp32():
-    model, text = Transformer(SMALL), tokens(2, 32)
+    model, text = Transformer(MODEL), tokens(2, 32)
     exact = model(text)
     with autocast("bf16", CPU):
         rounded = model(text)
@@ -115,7 +106,7 @@ def test_bf16_autocast_stays_near_fp32():
 
 
 def test_the_loss_of_labels_is_the_cross_entropy_of_the_logits():
-    model, text, ids = Transformer(SMALL), tokens(2, 17), torch.arange(16).expand(2, 16) // 5
+    model, text, ids = Transformer(MODEL), tokens(2, 17), torch.arange(16).expand(2, 16) // 5
     labels = text[:, 1:].masked_fill(ids == 2, -100)
     loss = model(text[:, :-1], ids, labels)
     expected = F.cross_entropy(model(text[:, :-1], ids).flatten(0, 1), labels.flatten(), reduction="sum")
@@ -126,17 +117,17 @@ def test_the_loss_of_labels_is_the_cross_entropy_of_the_logits():
 
 
 def test_gradients_reach_every_weight():
-    model = Transformer(SMALL)
+    model = Transformer(MODEL)
     model(tokens(2, 8), torch.zeros(2, 8, dtype=torch.int64)).logsumexp(-1).sum().backward()
     assert all(weight.grad is not None and weight.grad.abs().max() > 0 for weight in model.parameters())
 
 
 def test_what_cannot_run_is_refused_before_it_starts():
-    model = Transformer(SMALL)
+    model = Transformer(MODEL)
     with pytest.raises(ConfigError, match=r"sequence length is 65, allowed is at most .*64"):
         model(tokens(1, 65))
     with pytest.raises(ConfigError, match="attention is 'flush', allowed is auto, flash"):
-        Transformer(SMALL, attention="flush")  # type: ignore[arg-type]
+        Transformer(MODEL, attention="flush")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="precision is 'fp8-te on cpu', allowed is a GPU of Hopper or later"):
         convert(model, "fp8-te")
     with pytest.raises(ConfigError, match="precision is 'fp4'"):

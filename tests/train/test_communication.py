@@ -13,10 +13,10 @@ import torch
 
 from danube_ray.train.communication import GradientWait
 
-# Rank 1 begins step 2 a third of a second after rank 0 has computed its gradients. A step's own computation is slow in
+# Rank 1 begins step 2 a second after rank 0 has computed its gradients. A step's own computation is slow in
 # step 3, on both. DDP's logger measures the same on CPUs, and tells it one step later.
 RANK = """
-import json, sys, time
+import json, sys, threading
 from pathlib import Path
 import torch
 import torch.distributed as dist
@@ -34,7 +34,7 @@ class Bottom(torch.autograd.Function):
         if step == 2 and rank == 0:
             store.set("computed", "yes")
         if step == 3:
-            time.sleep(0.33)
+            threading.Event().wait(1.0)
         return grad
 
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])
@@ -49,7 +49,7 @@ for step in range(5):
     known.append((told.get("backward_comm_time", 0) - told.get("backward_compute_comm_overlap_time", 0)) / 1e9)
     if step == 2 and rank == 1:
         store.wait(["computed"])
-        time.sleep(0.33)
+        threading.Event().wait(1.0)
     waiting.backward(loss)
     waited.append(waiting.take_s())
 (folder / f"{rank}.json").write_text(json.dumps({"waited": waited, "known": known}))
@@ -65,10 +65,10 @@ def test_a_rank_knows_how_long_it_waited_for_the_other(tmp_path: Path) -> None:
         _, error = rank.communicate(timeout=120)
         assert rank.returncode == 0, error[-2000:]
     early, late = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert early["waited"][2] > 0.3 > late["waited"][2]
-    assert early["waited"][3] < 0.3 and late["waited"][3] < 0.3, "computation is no wait"
+    assert early["waited"][2] > 0.9 and late["waited"][2] < 0.5
+    assert early["waited"][3] < 0.5 and late["waited"][3] < 0.5, "computation is no wait"
     for rank in (early, late):
-        assert rank["waited"][1:4] == pytest.approx(rank["known"][2:5], abs=0.1)
+        assert rank["waited"][1:4] == pytest.approx(rank["known"][2:5], abs=0.3)
 
 
 def test_gradients_and_the_wait_of_one_process() -> None:
@@ -77,7 +77,7 @@ def test_gradients_and_the_wait_of_one_process() -> None:
     waiting = GradientWait(torch.device("cpu"))
     waiting.backward((weight**2).sum())
     assert weight.grad is not None and weight.grad.tolist() == [4.0, 6.0]
-    assert 0 <= waiting.take_s() < 0.3
+    assert 0 <= waiting.take_s() < 0.5
     assert waiting.take_s() == 0
 
 

@@ -14,26 +14,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from danube_ray.config import BOS_ID, Fp8Scaling, ModelConfig, OptimizerConfig, Precision
+from danube_ray.config import BOS_ID, Fp8Scaling, OptimizerConfig, Precision
 from danube_ray.data.tokenizer import train_tokenizer
 from danube_ray.model.precision import autocast, convert, scaling_state
 from danube_ray.model.transformer import Transformer
 from danube_ray.presets import nano
 from danube_ray.train.losses import document_ids
 from danube_ray.train.optimizer import build_optimizer, learning_rate_at
+from tests.models import SMALL
 
 CPU = torch.device("cpu")
-SMALL = ModelConfig(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    context_length=64,
-    initializer_range=0.1,
-)
 ROWS = torch.randint(0, SMALL.vocab_size, (4, 17), generator=torch.Generator().manual_seed(1))
 
 
