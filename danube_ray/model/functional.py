@@ -24,7 +24,8 @@ IGNORED = -100  # a label that is not trained
 # pieces: 0.5 GB) and the head's gradient, as large as its weight, is added to seldom.
 CHUNK_LOGITS = {"cpu": 2**19, "cuda": 2**26}
 
-Rotation = tuple[Tensor, Tensor]  # cosines and sines, (T, 1, D/2) each, fp32
+# Cosines, and sines with the sign that each half of a head takes the other with: (T, 1, D) each, fp32.
+Rotation = tuple[Tensor, Tensor]
 LogitGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -74,11 +75,7 @@ class Rotate(Function):
 
 
 def turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    whole = x.unflatten(-1, (2, -1)) * cosine[..., None, :]  # (B, T, heads, 2, D/2)
-    whole[..., 0, :].addcmul_(second, sine, value=-1)
-    whole[..., 1, :].addcmul_(first, sine)
-    return whole.flatten(-2)
+    return x.roll(x.shape[-1] // 2, dims=-1).mul_(sine).addcmul_(x, cosine)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -100,18 +97,14 @@ class SwiGlu(Function):
         return torch.ops.aten.silu_backward(gradients[0] * up, gate), F.silu(gate).mul_(gradients[0])
 
 
-def logit_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy (N,) in nats of logits (N, V) and labels (N,), in fp32, and its gradient (N, V) in logits' dtype.
-
-    An ignored label has a loss of 0; its row of the gradient is left for the caller to drop.
-    """
-    trained = labels != IGNORED
-    target = labels.where(trained, 0)[:, None]
+def logit_gradient(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability (N, 1), fp32, of the pieces `target` (N, 1) under logits (N, V); and the gradient (N, V), in
+    logits' dtype, of its negative by the logits: the probabilities, less 1 at the target."""
     log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
     of_target = log_p.gather(1, target)
     gradient = log_p.exp_().to(logits.dtype)
     gradient.scatter_(1, target, of_target.expm1().to(logits.dtype))  # p - 1, before it is rounded
-    return -of_target[:, 0].where(trained, 0), gradient
+    return of_target, gradient
 
 
 def cross_entropy_sum(
@@ -129,30 +122,43 @@ def cross_entropy_sum(
 
 
 class CrossEntropySum(Function):
+    """Makes its gradient on the way forward, where a chunk's logits are at hand; backward scales it."""
+
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, gradient_of: LogitGradient, with_gradient: bool
     ) -> Tensor:
-        head = weight.to(hidden.dtype)
-        loss = torch.zeros((), device=hidden.device)
+        trained = (labels != IGNORED)[:, None]
+        target, head = labels[:, None].where(trained, 0), weight.to(hidden.dtype)
+        log_p = torch.empty_like(target, dtype=torch.float32)
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradient and weight.requires_grad else None
-        size = max(1, CHUNK_LOGITS.get(hidden.device.type, 2**26) // len(weight))
-        for h, label, d_h in zip(hidden.split(size), labels.split(size), d_hidden.split(size), strict=True):
-            losses, d_logits = gradient_of(h @ head.t(), label)
-            loss += losses.sum()
-            if not with_gradient:
-                continue
-            trained = (label != IGNORED)[:, None]  # (N, 1)
-            torch.mul(d_logits @ head, trained, out=d_h)
+        for n in chunks(len(hidden), len(weight), hidden.device):
+            log_p[n], d_logits = gradient_of(hidden[n] @ head.t(), target[n])
+            if with_gradient:
+                torch.mm(d_logits, head, out=d_hidden[n])
             if d_weight is not None:
-                d_weight += d_logits.t() @ (h * trained)
-        ctx.save_for_backward(d_hidden, d_weight)
-        ctx.weight_dtype = weight.dtype
-        return loss
+                add_product(d_weight, d_logits.t(), hidden[n] * trained[n])
+        if with_gradient:
+            ctx.save_for_backward(d_hidden.mul_(trained), d_weight)
+            ctx.weight_dtype = weight.dtype
+        return -log_p.where(trained, 0).sum()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
         d_weight = None if d_weight is None else (d_weight * gradients[0]).to(ctx.weight_dtype)
         return d_hidden * gradients[0], d_weight, None, None, None
+
+
+def chunks(num_tokens: int, vocab_size: int, device: torch.device) -> list[slice]:
+    size = max(1, CHUNK_LOGITS.get(device.type, CHUNK_LOGITS["cuda"]) // vocab_size)
+    return [slice(start, start + size) for start in range(0, num_tokens, size)]
+
+
+def add_product(total: Tensor, first: Tensor, second: Tensor) -> None:
+    """total += first @ second, where total is fp32 and the others may have fewer bits."""
+    if first.dtype == total.dtype:
+        total.addmm_(first, second)
+    else:
+        total += first @ second

@@ -8,6 +8,7 @@ V vocabulary.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -36,16 +37,18 @@ class RMSNorm(nn.Module):
         return rms_norm(x.float(), self.weight.float(), self.epsilon).to(dtype)
 
 
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)  # or training could not use what inference has made
 def rotation(sequence_length: int, head_dim: int, theta: float, device: torch.device) -> Rotation:
     """RoPE's angles: pair d of D/2 turns by position * theta^(-2d/D) radians (Su et al., 2021).
 
-    Computed in fp32 each forward pass: a few thousand cosines cost less than a buffer that every dtype cast, meta
-    device and state dict must be kept from. Attention sees only differences of positions, so each window starts at 0.
+    Made in fp32 when first asked for, and no buffer, which every dtype cast, meta device and state dict would have to
+    be kept from. Attention sees only differences of positions, so each window starts at 0.
     """
     pair = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
     position = torch.arange(sequence_length, device=device, dtype=torch.float32)
     angle = position[:, None, None] * theta ** (-pair / head_dim)  # (T, 1, D/2)
-    return angle.cos(), angle.sin()
+    return torch.cat((angle.cos(), angle.cos()), dim=-1), torch.cat((-angle.sin(), angle.sin()), dim=-1)
 
 
 class Attention(nn.Module):

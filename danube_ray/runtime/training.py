@@ -251,8 +251,8 @@ def trainer(
     on_gpu = ray.cluster_resources().get("GPU", 0) >= least
     # Deaths are noticed at the next poll (2 s by default); Ray carries these variables to its controller.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    # After a node is lost, an elastic run first asks for as many workers as before, and waits this long in vain. Only the
-    # placement is waited for, and it is asked for again, so a cluster that grows slowly loses nothing by it.
+    # After a node is lost, an elastic run first asks for as many workers as before, and waits this long in vain. Only
+    # the placement is waited for, and it is asked for again, so a cluster that grows slowly loses nothing by it.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
 
     def work() -> None:

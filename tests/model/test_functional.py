@@ -37,7 +37,8 @@ def test_the_norm_is_its_formula_and_so_is_its_gradient():
 def test_a_rotation_is_its_formula_and_so_is_its_gradient():
     x, (cosine, sine) = torch.randn(B, T, 2, 8, requires_grad=True), rotation(T, 8, 100.0, torch.device("cpu"))
     first, second = x.chunk(2, dim=-1)
-    expected = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+    c, s = cosine[..., :4], sine[..., 4:]
+    expected = torch.cat((first * c - second * s, second * c + first * s), dim=-1)
     torch.testing.assert_close(rotate(x, (cosine, sine)), expected)
     inputs = x.double().detach().requires_grad_(), cosine.double(), sine.double()
     assert torch.autograd.gradcheck(Rotate.apply, inputs)
@@ -126,7 +127,7 @@ class Sizes(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         self.largest = max(self.largest, result.numel() if isinstance(result, Tensor) else 0)
-        self.products += function is torch.ops.aten.mm.default
+        self.products += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_)
         return result
 
 
