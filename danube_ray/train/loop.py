@@ -19,6 +19,7 @@ from danube_ray.train import checkpoint
 from danube_ray.train.build import build_module
 from danube_ray.train.faults import BadSteps, Events, Verdict
 from danube_ray.train.guard import Guard
+from danube_ray.train.memory import keep_freed_memory
 from danube_ray.train.metrics import MetricsLog, StepClock, mean_loss
 from danube_ray.train.optimizer import learning_rate_at
 from danube_ray.train.profiling import StepProfiler
@@ -66,6 +67,7 @@ class Fit:
             torch.use_deterministic_algorithms(True)
         if context.device.type == "cpu":
             torch.set_num_threads(settings.cpus_per_worker)
+            keep_freed_memory()
         self.task, self.settings, self.optimizer, self.context = task, settings, optimizer, context
         self.identity = task.identity() if context.rank == 0 else {}
         self.run_folder, self.checkpoints = run_folder, run_folder / "checkpoints"

@@ -52,7 +52,10 @@ class Sdpa:
 
     @classmethod
     def prepare(cls, visibility: Visibility) -> Sdpa:
-        return cls(visibility.mask())
+        mask = visibility.mask()
+        if mask is not None and mask.is_cpu:  # what torch's CPU kernel adds to the scores: made here, not in each layer
+            mask = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+        return cls(mask)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
