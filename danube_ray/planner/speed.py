@@ -39,7 +39,7 @@ FORWARD = 1 / 3  # of the FLOP of a step
 # Bytes moved a layer and token between its products, forward and backward, counted by operation: a number of the hidden
 # size (norms and residual, fp32), of the rotated heads, of the MLP's width (SwiGLU).
 FUSED = (56, 8, 16)
-EAGER = (120, 57, 28)
+EAGER = (120, 66, 28)
 LOSS_BYTES = 26  # a logit: written in bf16, softened in fp32, turned into its gradient, which two products read
 
 
