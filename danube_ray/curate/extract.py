@@ -11,15 +11,14 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from danube_ray.artifacts import content_hash
 from danube_ray.config import require, valid_name
+from danube_ray.curate.records import Document, Part, Quarantined, Split, Unusable
 
 TEXT_SUFFIXES = {"", ".txt", ".text", ".md", ".rst"}
 JSON_SUFFIXES = {".jsonl", ".ndjson", ".json"}
@@ -29,56 +28,6 @@ ROWS_AT_ONCE = 256
 
 # What the standard library raises for a gzip stream that is cut off, corrupt, or no gzip at all.
 DAMAGED_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
-
-
-@dataclass(frozen=True)
-class Part:
-    """A file of a source, or one row group of a Parquet file. `file` is relative to the source's root."""
-
-    file: str
-    bytes: int
-    modified_ns: int
-    row_group: int | None = None
-
-
-@dataclass(frozen=True)
-class Split:
-    """What one task reads: consecutive small files, one large one, or row groups of Parquet."""
-
-    source: str
-    root: str
-    parts: tuple[Part, ...]
-
-    @property
-    def name(self) -> str:
-        """The stem of this split's output files: 16 hex digits that depend on the source and its file names alone."""
-        return content_hash([self.source, [(part.file, part.row_group) for part in self.parts]])[:16]
-
-
-@dataclass(frozen=True)
-class Document:
-    """A readable record. Without a `url` or `id` of its own, `url` is where it lies: `file` or `file#offset`."""
-
-    text: str
-    url: str
-
-
-@dataclass(frozen=True)
-class Quarantined:
-    """A record that can't be read. `offset` counts (unpacked) bytes of its file, or rows of a Parquet file."""
-
-    file: str
-    offset: int
-    reason: str
-    sample: str = ""
-
-
-class _Unusable(ValueError):
-    """Why a record has no usable text, and how many bytes into it that shows."""
-
-    def __init__(self, reason: str, offset: int = 0) -> None:
-        super().__init__(reason)
-        self.reason, self.offset = reason, offset
 
 
 def plan_splits(source: str, path: Path, split_bytes: int) -> list[Split]:
@@ -158,14 +107,14 @@ def _read_text(path: Path, file: str, max_bytes: int) -> Document | Quarantined:
         with _open(path) as stream:
             data = stream.read(max_bytes + 1)
         if len(data) > max_bytes:
-            raise _Unusable("over-long document")
+            raise Unusable("over-long document")
         text = _decode(data)
         if not text.strip():
-            raise _Unusable("empty file")
+            raise Unusable("empty file")
         return Document(text, file)
     except DAMAGED_GZIP:
         return Quarantined(file, 0, "damaged gzip")
-    except _Unusable as error:
+    except Unusable as error:
         return Quarantined(file, error.offset, error.reason, _sample(data))
 
 
@@ -183,9 +132,9 @@ def _read_json_lines(path: Path, file: str, max_bytes: int) -> Iterator[Document
                     if len(line) > max_bytes:
                         while not line.endswith(b"\n") and (line := stream.readline(SKIP_BYTES)):
                             end += len(line)
-                        raise _Unusable("over-long document")
+                        raise Unusable("over-long document")
                     yield _json_document(_decode(line), f"{file}#{start}")
-                except _Unusable as error:
+                except Unusable as error:
                     yield Quarantined(file, start + error.offset, error.reason, _sample(sample))
         except DAMAGED_GZIP:
             records += 1
@@ -198,9 +147,9 @@ def _json_document(line: str, place: str) -> Document:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
-        raise _Unusable("malformed JSON") from None
+        raise Unusable("malformed JSON") from None
     if not isinstance(row, dict):
-        raise _Unusable("not a JSON object")
+        raise Unusable("not a JSON object")
     return Document(_checked(row.get("text")), _url(row, place))
 
 
@@ -210,13 +159,13 @@ def _read_parquet(path: Path, part: Part, max_bytes: int) -> Iterator[Document |
         with pq.ParquetFile(path) as parquet:
             columns = _text_columns(parquet.schema_arrow)
             if part.row_group is None:
-                raise _Unusable("empty file")
+                raise Unusable("empty file")
             row = sum(parquet.metadata.row_group(index).num_rows for index in range(part.row_group))
             for batch in parquet.iter_batches(ROWS_AT_ONCE, row_groups=[part.row_group], columns=columns):
                 for values in zip(*batch.columns, strict=True):
                     yield _parquet_document(dict(zip(columns, values, strict=True)), part.file, row, max_bytes)
                     row += 1
-    except _Unusable as error:
+    except Unusable as error:
         yield Quarantined(part.file, row, error.reason)
     except (pa.ArrowException, OSError) as error:
         _raise_if_disk(error)
@@ -230,9 +179,9 @@ def _text_columns(schema: pa.Schema) -> list[str]:
         return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
     if schema.names.count("text") != 1:
-        raise _Unusable("no text column")
+        raise Unusable("no text column")
     if not is_text("text"):
-        raise _Unusable("text column is not a string")
+        raise Unusable("text column is not a string")
     return ["text"] + [name for name in ("url", "id") if schema.names.count(name) == 1 and is_text(name)]
 
 
@@ -245,7 +194,7 @@ def _parquet_document(row: dict[str, pa.Scalar], file: str, index: int, max_byte
         return Document(text, _url(values, f"{file}#{index}"))
     except UnicodeDecodeError:
         return Quarantined(file, index, "invalid UTF-8")
-    except _Unusable as error:
+    except Unusable as error:
         return Quarantined(file, index, error.reason)
 
 
@@ -255,22 +204,22 @@ def _decode(data: bytes) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise _Unusable("binary data" if nul >= 0 else "invalid UTF-8", error.start) from None
+        raise Unusable("binary data" if nul >= 0 else "invalid UTF-8", error.start) from None
     if nul >= 0:
-        raise _Unusable("NUL byte", nul)
+        raise Unusable("NUL byte", nul)
     return text
 
 
 def _checked(text: Any) -> str:
     """A value that some format calls text, if it is: JSON can hold NULs and half characters that UTF-8 can't."""
     if text is None:
-        raise _Unusable("no text")
+        raise Unusable("no text")
     if not isinstance(text, str):
-        raise _Unusable("text is not a string")
+        raise Unusable("text is not a string")
     if "\0" in text:
-        raise _Unusable("NUL byte")
+        raise Unusable("NUL byte")
     if not _is_unicode(text):
-        raise _Unusable("lone surrogate")
+        raise Unusable("lone surrogate")
     return text
 
 

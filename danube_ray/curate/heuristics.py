@@ -7,16 +7,14 @@ rule it breaks, in the fields' order, and the rule's name is the reason: a reaso
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import numpy as np
 
 from danube_ray.config import require
 from danube_ray.curate.repetition import duplicates, line_repetition, ngram_repetition
+from danube_ray.curate.words import Words, tokenize
 
-# A word with its inner apostrophes, or one symbol.
-WORD = re.compile(r"\w+(?:['\u2019]\w+)*|[^\w\s]")
 LETTER = re.compile(r"[^\W\d_]")
 SENTENCE_END = re.compile(r"[.!?]+[\"'\u201d\u2019)\]]*(?=\s|$)")
 STOP_WORDS = frozenset({"the", "be", "to", "of", "and", "that", "have", "with"})
@@ -99,28 +97,9 @@ class Verdict:
     signals: dict[str, float]
 
 
-@dataclass(frozen=True, eq=False)
-class _Words:
-    """A text and its words and symbols, each distinct one looked at once. ids: (N,) into `distinct`; times: (D,)."""
-
-    text: str
-    distinct: list[str]
-    ids: np.ndarray
-    times: np.ndarray
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """(D,) int64, characters of each distinct word."""
-        return np.fromiter(map(len, self.distinct), np.int64, len(self.distinct))
-
-    def count(self, predicate: Callable[[str], object]) -> int:
-        """How many of the N words have a property, tested on the D distinct ones."""
-        return int(self.times[[bool(predicate(word)) for word in self.distinct]].sum())
-
-
 def judge(text: str, rules: HeuristicRules) -> Verdict:
     """Measure and judge one document; cheap to drop, as the groups after a broken rule are not measured."""
-    words = _tokenize(text)
+    words = tokenize(text)
     signals: dict[str, float] = {}
     for measure in (_quality, _line_repetition, _ngram_repetition, _c4, _fineweb):
         measured = measure(words)
@@ -130,14 +109,7 @@ def judge(text: str, rules: HeuristicRules) -> Verdict:
     return Verdict(None, signals)
 
 
-def _tokenize(text: str) -> _Words:
-    numbers: dict[str, int] = {}
-    ids = [numbers.setdefault(word, len(numbers)) for word in WORD.findall(text)]
-    array = np.array(ids, np.int64)
-    return _Words(text, list(numbers), array, np.bincount(array, minlength=len(numbers)))
-
-
-def _quality(words: _Words) -> dict[str, float]:
+def _quality(words: Words) -> dict[str, float]:
     text, lines = words.text, words.text.splitlines() or [""]
     number = max(1, len(words.ids))
     is_word = np.array([word[0].isalnum() or len(word) > 1 for word in words.distinct], bool)
@@ -154,15 +126,15 @@ def _quality(words: _Words) -> dict[str, float]:
     }
 
 
-def _line_repetition(words: _Words) -> dict[str, float]:
+def _line_repetition(words: Words) -> dict[str, float]:
     return line_repetition(words.text)
 
 
-def _ngram_repetition(words: _Words) -> dict[str, float]:
+def _ngram_repetition(words: Words) -> dict[str, float]:
     return ngram_repetition(words.ids, words.lengths[words.ids], max(1, len(words.text)))
 
 
-def _c4(words: _Words) -> dict[str, float]:
+def _c4(words: Words) -> dict[str, float]:
     # C4 looks at lines of three words or more, and each of them is a sentence at least.
     lines = [line for line in words.text.splitlines() if len(line.split(None, 2)) >= MIN_SENTENCE_LINE_WORDS]
     return {
@@ -172,7 +144,7 @@ def _c4(words: _Words) -> dict[str, float]:
     }
 
 
-def _fineweb(words: _Words) -> dict[str, float]:
+def _fineweb(words: Words) -> dict[str, float]:
     lines = [line.strip() for line in words.text.split("\n") if line.strip()] or [""]
     newlines = words.text.count("\n")
     return {

@@ -22,8 +22,9 @@ import pyarrow.parquet as pq
 
 from danube_ray.artifacts import ArtifactError, file_hash, read_json, write_json
 from danube_ray.curate.dedup import as_numbers, fingerprint
-from danube_ray.curate.extract import Quarantined, Split, read_split
+from danube_ray.curate.extract import read_split
 from danube_ray.curate.heuristics import HeuristicRules, judge
+from danube_ray.curate.records import Quarantined, Split
 from danube_ray.curate.tables import DOCUMENTS, DROPPED, FINGERPRINTS, QUARANTINE, TableWriter
 
 DUPLICATE = "duplicate"

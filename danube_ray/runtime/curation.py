@@ -27,8 +27,9 @@ from danube_ray.artifacts import (
 )
 from danube_ray.config import require
 from danube_ray.curate.dedup import as_bytes, keepers
-from danube_ray.curate.extract import Part, Split, plan_splits
+from danube_ray.curate.extract import plan_splits
 from danube_ray.curate.heuristics import WEB_RULES, HeuristicRules
+from danube_ray.curate.records import Part, Split
 from danube_ray.curate.splits import DUPLICATE, finish_split, judge_split, read_fingerprints
 from danube_ray.runtime.session import session
 from danube_ray.runtime.splits import Progress, run_splits

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from danube_ray.config import ConfigError
-from danube_ray.curate.extract import Document, Quarantined, plan_splits, read_split
+from danube_ray.curate.extract import plan_splits, read_split
+from danube_ray.curate.records import Document, Quarantined
 
 LIMIT = 1_000
 

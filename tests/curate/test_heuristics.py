@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from danube_ray.config import ConfigError
-from danube_ray.curate.heuristics import SIGNALS, WEB_RULES, WORD, HeuristicRules, judge
+from danube_ray.curate.heuristics import SIGNALS, WEB_RULES, HeuristicRules, judge
 from danube_ray.curate.repetition import duplicates, line_repetition, ngram_repetition
+from danube_ray.curate.words import WORD
 
 # Prose that passes every rule: 12 sentences without a repeated line or phrase.
 PROSE = """The river rises in the hills to the north, where the snow lies until May.

@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from danube_ray.curate import splits as steps
-from danube_ray.curate.extract import Split, plan_splits
+from danube_ray.curate.extract import plan_splits
 from danube_ray.curate.heuristics import WEB_RULES
+from danube_ray.curate.records import Split
 from danube_ray.curate.splits import document_id, finish_split, judge_split, read_fingerprints
 from danube_ray.curate.tables import DOCUMENTS, DROPPED, QUARANTINE, TableWriter
 from tests.curate.test_heuristics import PROSE

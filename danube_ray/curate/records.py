@@ -1,0 +1,66 @@
+"""What readers give: the parts of a source that one task reads, and the records in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from danube_ray.artifacts import content_hash
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file of a source, or one row group of a Parquet file. `file` is relative to the source's root."""
+
+    file: str
+    bytes: int
+    modified_ns: int
+    row_group: int | None = None
+
+
+@dataclass(frozen=True)
+class Split:
+    """What one task reads: consecutive small files, one large one, or row groups of Parquet."""
+
+    source: str
+    root: str
+    parts: tuple[Part, ...]
+
+    @property
+    def name(self) -> str:
+        """The stem of this split's output files: 16 hex digits that depend on the source and its file names alone."""
+        return content_hash([self.source, [(part.file, part.row_group) for part in self.parts]])[:16]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A readable record. Without a `url` or `id` of its own, `url` is where it lies: `file` or `file#offset`."""
+
+    text: str
+    url: str
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """A record that can't be read. `offset` counts (unpacked) bytes of its file, or rows of a Parquet file."""
+
+    file: str
+    offset: int
+    reason: str
+    sample: str = ""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What a file holds beside records, by its nature: a WARC's requests and images. Counted, and kept nowhere."""
+
+    file: str
+    offset: int
+    kind: str
+
+
+class Unusable(ValueError):
+    """Why a record has no usable text, and how many bytes into it that shows."""
+
+    def __init__(self, reason: str, offset: int = 0) -> None:
+        super().__init__(reason)
+        self.reason, self.offset = reason, offset
