@@ -18,6 +18,7 @@ from danube_ray.artifacts import ArtifactError
 from danube_ray.cli.comparing import compare
 from danube_ray.cli.console import Positional, console, print_report, registry
 from danube_ray.cli.data import curate, tokenize, tokenizer
+from danube_ray.cli.inspect import inspect
 from danube_ray.cli.models import chat, evaluate, quantize, remap, serve
 from danube_ray.cli.planning import doctor, plan
 from danube_ray.cli.training import dpo, export, pretrain, search, sft
@@ -64,6 +65,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "presets": presets,
     "curate": curate,
+    "inspect": inspect,
     "tokenizer": tokenizer,
     "tokenize": tokenize,
     "plan": plan,

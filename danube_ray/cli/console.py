@@ -17,38 +17,48 @@ registry = tyro.constructors.ConstructorRegistry()
 
 
 @registry.primitive_rule
-def by_source(
+def by_name(
     info: tyro.constructors.PrimitiveTypeInfo,
 ) -> tyro.constructors.PrimitiveConstructorSpec[dict[str, Any]] | None:
     """A setting by source is written `web=80,wiki=20`, with whatever sources one has, not only the preset's."""
-    number = {dict[str, int]: int, dict[str, float]: float}.get(info.type)
-    if number is None:
+    values = {dict[str, int]: int, dict[str, float]: float, dict[str, str]: str, dict[str, Path]: Path}
+    value_type = values.get(info.type)
+    if value_type is None:
         return None
 
     def parse(arguments: list[str]) -> dict[str, Any]:
         pairs = [pair.partition("=") for pair in arguments[0].split(",") if pair]
-        return {source: number(value) for source, _, value in pairs}
+        return {name: value_type(value) for name, _, value in pairs}
 
+    metavar = {str: "NAME", Path: "PATH"}.get(value_type, "NUMBER")
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
-        metavar="SOURCE=NUMBER,...",
+        metavar=f"NAME={metavar},...",
         instance_from_str=parse,
         is_instance=lambda value: isinstance(value, dict),
-        str_from_instance=lambda value: [",".join(f"{source}={share}" for source, share in value.items())],
+        str_from_instance=lambda value: [",".join(f"{name}={one}" for name, one in value.items())],
     )
 
 
-def named_paths(pairs: Iterable[str]) -> dict[str, Path]:
-    """NAME=PATH arguments as a mapping; `ConfigError` for one without a name, twice the same, or of nothing."""
-    named: dict[str, Path] = {}
+def named_places(pairs: Iterable[str]) -> dict[str, str]:
+    """NAME=PATH arguments as a mapping; `ConfigError` for one without a name, twice the same, or of nothing.
+
+    A place that is no URI must exist; whoever reads a URI finds out.
+    """
+    named: dict[str, str] = {}
     for pair in pairs:
-        name, equals, path = pair.partition("=")
-        require(bool(name and equals and path), "argument", pair, "NAME=PATH")
+        name, equals, place = pair.partition("=")
+        require(bool(name and equals and place), "argument", pair, "NAME=PATH")
         require(name not in named, "argument", pair, f"one path for {name!r}")
-        require(Path(path).exists(), "argument", pair, "a path that exists")
-        named[name] = Path(path)
+        require("://" in place or Path(place).exists(), "argument", pair, "a path that exists")
+        named[name] = place
     require(bool(named), "arguments", list(pairs), "NAME=PATH, at least one")
     return named
+
+
+def named_paths(pairs: Iterable[str]) -> dict[str, Path]:
+    """`named_places` on this machine."""
+    return {name: Path(place) for name, place in named_places(pairs).items()}
 
 
 def print_report(run: Path) -> None:

@@ -3,42 +3,56 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
+import tyro
 from rich.table import Table
 
-from danube_ray.cli.console import Positional, console, named_paths
+from danube_ray.cli.console import Positional, console, named_places
 from danube_ray.config import require
+from danube_ray.curate.settings import CurationSettings
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 
 def curate(
-    sources: Positional[tuple[str, ...]], out: Path = Path("data/documents"), max_quarantine_share: float = 0.05
+    sources: Positional[tuple[str, ...]],
+    settings: Annotated[CurationSettings, tyro.conf.arg(name="")],
+    out: Path = Path("data/documents"),
 ) -> None:
-    """Clean raw text into documents: heuristics with reasons, exact duplicates, a quarantine for what can't be read.
+    """Clean raw text into documents: rules and models with reasons, duplicates, a quarantine for what can't be read.
 
     Args:
-        sources: NAME=PATH each, in order of priority among duplicates; text, JSONL and Parquet, files or folders.
-        out: where documents, dropped and quarantined text go.
-        max_quarantine_share: above this share of unreadable input the run fails.
+        sources: NAME=PATH each, in order of priority among duplicates: files or folders, here or under s3://, gs:// or
+            hf://datasets/OWNER/NAME; WARC, WET, HTML, text, JSONL, TSV, Parquet and tar, packed or not.
+        settings: how documents are read and judged.
+        out: where documents, dropped and quarantined text and the report go.
     """
     from rich.progress import Progress
 
     from danube_ray.runtime import curation
 
     with Progress(console=console, transient=True) as bars:
-        bar = bars.add_task("curating", total=None)
-        counts = curation.curate(
-            named_paths(sources),
-            out,
-            max_quarantine_share=max_quarantine_share,
-            on_progress=lambda done, total: bars.update(bar, completed=done, total=total),
-        )
+        tasks: dict[str, TaskID] = {}
+
+        def on_progress(step: str, done: int, total: int) -> None:
+            if step not in tasks:
+                tasks[step] = bars.add_task(step)
+            bars.update(tasks[step], completed=done, total=total)
+
+        manifest = curation.curate(named_places(sources), out, settings, on_progress)
     table = Table("source", "read", "kept", "dropped", "quarantined", "most frequent reasons", box=None)
-    for source, facts in counts.items():
+    for source, facts in manifest["counts"].items():
         reasons = sorted(facts["dropped_by"].items(), key=lambda item: -item[1])[:3]
         named = ", ".join(f"{reason} {count:,}" for reason, count in reasons)
         table.add_row(source, *(f"{facts[name]:,}" for name in ("read", "kept", "dropped", "quarantined")), named)
     console.print(table)
-    console.print(f"documents in [bold]{out}[/bold]")
+    for benchmark, found in manifest["contaminated"].items():
+        held = f"{found['items']:,} items in {found['documents']:,} documents, which are dropped"
+        left_out = f" ({found['left_out']:,} are too short or common to look for)" if found["left_out"] else ""
+        console.print(f"{benchmark}: {held if found['items'] else 'no item found'}{left_out}")
+    console.print(f"documents in [bold]{out}[/bold], report [bold]{out / 'report.html'}[/bold]")
 
 
 def tokenizer(

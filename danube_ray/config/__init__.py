@@ -10,7 +10,7 @@ import dataclasses
 from typing import Any
 
 from danube_ray.config.check import ConfigError, require, require_positive, valid_name
-from danube_ray.config.finetuning import DpoConfig, FinetuneConfig, LoraConfig
+from danube_ray.config.finetuning import DpoConfig, EncoderConfig, FinetuneConfig, LoraConfig
 from danube_ray.config.model import BOS_ID, EOS_ID, UNK_ID, ModelConfig
 from danube_ray.config.run import RunConfig, StageConfig
 from danube_ray.config.training import (
@@ -29,6 +29,7 @@ __all__ = [
     "require_positive",
     "valid_name",
     "DpoConfig",
+    "EncoderConfig",
     "FinetuneConfig",
     "LoraConfig",
     "BOS_ID",

@@ -65,3 +65,11 @@ class DpoConfig(FinetuneConfig):
             "a LoraConfig",
             "the frozen base under the adapters is DPO's reference model",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig(FinetuneConfig):
+    """Training of an encoder of any shape, the Hugging Face folder `base`, to tell labelled passages apart."""
+
+    batch_size: int = 16
+    micro_batch_size: int = 16

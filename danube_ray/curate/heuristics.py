@@ -2,27 +2,23 @@
 
 A rule is a field of `HeuristicRules`: `min_X` or `max_X` bounds the signal `X`. A document is dropped for the first
 rule it breaks, in the fields' order, and the rule's name is the reason: a reason is also the setting to change.
+What rewrites a document is apart: `HeuristicRules.lines`.
 """
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, fields
-
-import numpy as np
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 
 from danube_ray.config import require
-from danube_ray.curate.repetition import duplicates, line_repetition, ngram_repetition
-from danube_ray.curate.words import Words, tokenize
+from danube_ray.curate.c4 import LineRules, body_of
+from danube_ray.curate.fineweb import line_shape
+from danube_ray.curate.gopher import quality
+from danube_ray.curate.repetition import line_repetition, ngram_repetition
+from danube_ray.curate.splitter import PATTERNS, Splitter
+from danube_ray.curate.words import Words
 
-LETTER = re.compile(r"[^\W\d_]")
-SENTENCE_END = re.compile(r"[.!?]+[\"'\u201d\u2019)\]]*(?=\s|$)")
-STOP_WORDS = frozenset({"the", "be", "to", "of", "and", "that", "have", "with"})
-ELLIPSES = ("...", "…")
-BULLETS = ("•", "-")
-TERMINAL_PUNCTUATION = (".", "?", "!", "…", "。", "！", "？", "।", "؟", "۔")  # noqa: RUF001
-SHORT_LINE_CHARS = 30
-MIN_SENTENCE_LINE_WORDS = 3
+OFF = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +26,7 @@ class HeuristicRules:
     """Bounds on a document's signals; a value on the bound passes, so a share at 1 or a minimum at 0 is off.
 
     The defaults are for web pages: the papers' thresholds (Rae et al., 2021, A1.1; Raffel et al., 2020, 2.2; Penedo et
-    al., 2024, 3.6). Only what judges a document is here: C4's removal of single lines rewrites it.
+    al., 2024, 3.6), as FineWeb combines them.
     """
 
     # Gopher, quality. `words` leaves symbols out; `hash_signs` and `ellipses` are per word or symbol.
@@ -58,98 +54,115 @@ class HeuristicRules:
     max_duplicate_8gram_chars: float = 0.12
     max_duplicate_9gram_chars: float = 0.11
     max_duplicate_10gram_chars: float = 0.10
-    # C4: placeholders, code (curly brackets per word or symbol), and pages without sentences.
+    # C4, in the lines of the body: placeholders, code, and pages without sentences.
     max_lorem_ipsum: float = 0
     max_curly_brackets: float = 0
     min_sentences: float = 5
-    # FineWeb, over lines that are not blank. `repeated_line_chars` is a share of the characters without line breaks.
+    # FineWeb, over the same lines. `repeated_line_chars` is a share of the characters without line breaks.
     min_punctuated_lines: float = 0.12
     max_short_lines: float = 0.67
     max_repeated_line_chars: float = 0.01
     max_newlines_per_word: float = 0.30
+    # C4 again: which lines are the body, and whether the document is cut down to it.
+    lines: LineRules = field(default_factory=LineRules)
+    # FineWeb asks for repetition before quality. That drops the same documents, and tiny ones for other reasons.
+    repetition_first: bool = False
 
     def __post_init__(self) -> None:
-        for rule in fields(self):
-            bound = getattr(self, rule.name)
-            require(bound >= 0, f"HeuristicRules.{rule.name}", bound, "0 or more")
+        for name in RULES:
+            require(getattr(self, name) >= 0, f"HeuristicRules.{name}", getattr(self, name), "0 or more")
 
-    def broken(self, signals: dict[str, float]) -> str | None:
-        """The first rule that these signals break."""
-        for rule, signal, is_minimum in _BOUNDS:
-            if signal in signals:
-                value, bound = signals[signal], getattr(self, rule)
+    def broken(self, signals: Mapping[str, float]) -> str | None:
+        """The first rule that these signals break, in their order."""
+        for signal, value in signals.items():
+            for rule, is_minimum in RULES_OF[signal]:
+                bound = getattr(self, rule)
                 if (value < bound) if is_minimum else (value > bound):
                     return rule
         return None
 
 
-WEB_RULES = HeuristicRules()
+RULES = tuple(rule.name for rule in fields(HeuristicRules) if rule.name.startswith(("min_", "max_")))
+SIGNALS = tuple(dict.fromkeys(rule[4:] for rule in RULES))
+RULES_OF = {signal: [(rule, rule.startswith("min_")) for rule in RULES if rule[4:] == signal] for signal in SIGNALS}
 
-_BOUNDS = tuple((rule.name, rule.name[4:], rule.name.startswith("min_")) for rule in fields(HeuristicRules))
-SIGNALS = tuple(dict.fromkeys(signal for _, signal, _ in _BOUNDS))
+WEB_RULES = HeuristicRules()
+NO_RULES = replace(
+    WEB_RULES, lines=LineRules(rewrite=False), **{rule: 0.0 if rule.startswith("min_") else OFF for rule in RULES}
+)
+RULE_SETS = {
+    # FineWeb's: all four groups, and lines may end without punctuation.
+    "web": WEB_RULES,
+    # C4's stricter lines: navigation goes, but so do headings and lists.
+    "c4": replace(WEB_RULES, lines=LineRules(closed=True)),
+    # Books, encyclopedias and papers were edited, and nothing in them stems from a page around the text. Their lines
+    # may be verse, dialogue, headings or wrapped at a margin, and their length is no sign of anything; brackets are
+    # mathematics; an abstract may have three sentences. A line that holds a space alone is a line like others, so
+    # repeated ones count by characters, not by number. What stays tells broken or repeated text from sound text.
+    "prose": replace(
+        WEB_RULES,
+        lines=LineRules(rewrite=False),
+        max_words=OFF,
+        max_duplicate_paragraphs=1,
+        max_duplicate_lines=1,
+        min_alphabetic_words=0.50,
+        max_curly_brackets=OFF,
+        min_sentences=2,
+        min_punctuated_lines=0,
+        max_short_lines=1,
+        max_repeated_line_chars=0.20,
+        max_newlines_per_word=OFF,
+    ),
+    "none": NO_RULES,
+}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why a document is dropped (None: it is kept), and the signals measured until that was clear."""
+    """Why a document is dropped (None: it is kept), and the signals measured until that was clear: all, if it is kept.
+
+    text: the document as the rules leave it; as it came (the same object) where they change nothing, or drop it.
+    words: the tokenization of `text`.
+    """
 
     reason: str | None
     signals: dict[str, float]
+    text: str
+    words: Words
 
 
-def judge(text: str, rules: HeuristicRules) -> Verdict:
-    """Measure and judge one document; cheap to drop, as the groups after a broken rule are not measured."""
-    words = tokenize(text)
+def judge(text: str, rules: HeuristicRules, splitter: Splitter = PATTERNS) -> Verdict:
+    """Measure and judge one document; cheap to drop, as what comes after a broken rule is not measured."""
+    words = left = splitter.words(text)
     signals: dict[str, float] = {}
-    for measure in (_quality, _line_repetition, _ngram_repetition, _c4, _fineweb):
-        measured = measure(words)
+    for measured, left in _measured(words, rules, splitter):  # noqa: B007
         signals |= measured
         if (reason := rules.broken(measured)) is not None:
-            return Verdict(reason, signals)
-    return Verdict(None, signals)
+            return Verdict(reason, signals, text, words)
+    return Verdict(None, signals, left.text, left)
 
 
-def _quality(words: Words) -> dict[str, float]:
-    text, lines = words.text, words.text.splitlines() or [""]
-    number = max(1, len(words.ids))
-    is_word = np.array([word[0].isalnum() or len(word) > 1 for word in words.distinct], bool)
-    num_words = int(words.times[is_word].sum())
-    return {
-        "words": num_words,
-        "mean_word_chars": float((words.times * words.lengths)[is_word].sum()) / max(1, num_words),
-        "hash_signs": text.count("#") / number,
-        "ellipses": sum(map(text.count, ELLIPSES)) / number,
-        "bullet_lines": sum(line.lstrip().startswith(BULLETS) for line in lines) / len(lines),
-        "ellipsis_lines": sum(line.rstrip().endswith(ELLIPSES) for line in lines) / len(lines),
-        "alphabetic_words": words.count(LETTER.search) / number,
-        "stop_words": len(STOP_WORDS.intersection(words.distinct)),
-    }
+def measure(text: str) -> dict[str, float]:
+    """Every signal of a text, by `SIGNALS`: what any rule set whose lines are the default's measures of it."""
+    return judge(text, NO_RULES).signals
 
 
-def _line_repetition(words: Words) -> dict[str, float]:
-    return line_repetition(words.text)
+def _measured(words: Words, rules: HeuristicRules, splitter: Splitter) -> Iterator[tuple[dict[str, float], Words]]:
+    """Signals, group by group, and what is left of the document by then."""
+    text = words.text
+    if not rules.repetition_first:
+        yield quality(words), words
+    yield line_repetition(text), words
+    yield ngram_repetition(words.numbers, words.each(len), max(1, len(text))), words
+    if rules.repetition_first:
+        yield quality(words), words
 
-
-def _ngram_repetition(words: Words) -> dict[str, float]:
-    return ngram_repetition(words.ids, words.lengths[words.ids], max(1, len(words.text)))
-
-
-def _c4(words: Words) -> dict[str, float]:
-    # C4 looks at lines of three words or more, and each of them is a sentence at least.
-    lines = [line for line in words.text.splitlines() if len(line.split(None, 2)) >= MIN_SENTENCE_LINE_WORDS]
-    return {
-        "lorem_ipsum": words.text.lower().count("lorem ipsum"),
-        "curly_brackets": words.text.count("{") / max(1, len(words.ids)),
-        "sentences": sum(max(1, len(SENTENCE_END.findall(line))) for line in lines),
-    }
-
-
-def _fineweb(words: Words) -> dict[str, float]:
-    lines = [line.strip() for line in words.text.split("\n") if line.strip()] or [""]
-    newlines = words.text.count("\n")
-    return {
-        "punctuated_lines": sum(line.endswith(TERMINAL_PUNCTUATION) for line in lines) / len(lines),
-        "short_lines": sum(len(line) <= SHORT_LINE_CHARS for line in lines) / len(lines),
-        "repeated_line_chars": duplicates(lines)[1] / max(1, len(words.text) - newlines),
-        "newlines_per_word": newlines / max(1, len(words.ids)),
-    }
+    body = body_of(words, rules.lines, rules.max_lorem_ipsum, rules.max_curly_brackets)
+    yield {"lorem_ipsum": body.lorem_ipsum, "curly_brackets": body.curly_brackets}, words
+    yield {"sentences": splitter.count_sentences(body.text)}, words
+    if body.text == text:
+        left = body_words = words
+    else:
+        body_words = replace(words, text=body.text) if body.is_whole else splitter.words(body.text)
+        left = body_words if rules.lines.rewrite else words
+    yield line_shape(body.text, len(body_words)), left

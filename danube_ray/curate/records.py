@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from danube_ray.artifacts import content_hash
+
+Extraction = Literal["trafilatura", "resiliparse"]
 
 
 @dataclass(frozen=True)
 class Part:
-    """A file of a source, or one row group of a Parquet file. `file` is relative to the source's root."""
+    """A file of a source, or one row group of a Parquet file. `file` is relative to the source's root.
+
+    `version` changes with the file's content: its time of change on a disk, an object store's entity tag.
+    """
 
     file: str
     bytes: int
-    modified_ns: int
+    version: str
     row_group: int | None = None
 
 
 @dataclass(frozen=True)
 class Split:
-    """What one task reads: consecutive small files, one large one, or row groups of Parquet."""
+    """What one task reads: consecutive small files, one large one, or row groups of Parquet.
+
+    `root` is the source's folder, a path or a URI that fsspec opens.
+    """
 
     source: str
     root: str
@@ -32,6 +41,17 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How a split's records are read: longer documents are quarantined unread, and `extraction` takes text from HTML.
+
+    A page counts by the bytes of its HTML.
+    """
+
+    max_document_bytes: int
+    extraction: Extraction = "trafilatura"
+
+
+@dataclass(frozen=True)
 class Document:
     """A readable record. Without a `url` or `id` of its own, `url` is where it lies: `file` or `file#offset`."""
 
@@ -41,7 +61,10 @@ class Document:
 
 @dataclass(frozen=True)
 class Quarantined:
-    """A record that can't be read. `offset` counts (unpacked) bytes of its file, or rows of a Parquet file."""
+    """A record that can't be read. `offset` counts (unpacked) bytes of its file, or rows of a Parquet file.
+
+    `file` is relative to the source's root; a file in an archive is `archive!file`.
+    """
 
     file: str
     offset: int
@@ -64,3 +87,10 @@ class Unusable(ValueError):
     def __init__(self, reason: str, offset: int = 0) -> None:
         super().__init__(reason)
         self.reason, self.offset = reason, offset
+
+
+class Damaged(Unusable):
+    """From `offset` on a file can't be read, whatever it holds there."""
+
+
+Record = Document | Quarantined | Skipped

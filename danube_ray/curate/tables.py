@@ -13,13 +13,16 @@ import pyarrow.parquet as pq
 
 from danube_ray.curate.heuristics import SIGNALS
 
+# Signals of a document beside those of the rules; `quality` is a column of its own.
+OTHER_SIGNALS = ("language_score", "code_share")
+
 DOCUMENTS = pa.schema(
     [(name, pa.string()) for name in ("id", "text", "source", "url", "language")]
     + [("quality", pa.float64())]
-    + [(f"signal_{name}", pa.float64()) for name in SIGNALS]
+    + [(f"signal_{name}", pa.float64()) for name in (*SIGNALS, *OTHER_SIGNALS)]
 )
-# `duplicate_of` is the id of the document that was kept, where the reason is `duplicate`.
-DROPPED = DOCUMENTS.append(pa.field("reason", pa.string())).append(pa.field("duplicate_of", pa.string()))
+# `duplicate_of` is the id of the document that was kept in its place, `similarity` the Jaccard index with it.
+DROPPED = pa.schema([*DOCUMENTS, ("reason", pa.string()), ("duplicate_of", pa.string()), ("similarity", pa.float64())])
 QUARANTINE = pa.schema(
     [
         ("source", pa.string()),
@@ -29,8 +32,19 @@ QUARANTINE = pa.schema(
         ("sample", pa.string()),
     ]
 )
-# One row for each row of a split's documents, in their order.
-FINGERPRINTS = pa.schema([("fingerprint", pa.binary(16)), ("id", pa.binary(16))])
+# The items of evaluation sets that were found, and where in the (dropped) document.
+CONTAMINATION = pa.schema(
+    [(name, pa.string()) for name in ("id", "source", "url", "benchmark")]
+    + [("item", pa.int64()), ("coverage", pa.float64()), ("question", pa.string()), ("evidence", pa.string())]
+)
+# One row for each row of a split's documents, in their order; `bands` are 14 little-endian uint64, null where there
+# are none.
+SIGNATURES = pa.schema([("fingerprint", pa.binary(16)), ("bands", pa.binary(14 * 8))])
+# What is decided after judging, about rows of a split's judged documents, in their order.
+SCORED = pa.schema([("row", pa.int64()), ("quality", pa.float64())])
+DUPLICATES = pa.schema(
+    [("row", pa.int64()), ("duplicate_of", pa.string()), ("reason", pa.string()), ("similarity", pa.float64())]
+)
 
 BUFFER_BYTES = 16 * 2**20
 BUFFER_ROWS = 8192

@@ -85,9 +85,9 @@ def validation_bounds(splits: Sequence[DocumentSplit]) -> dict[str, int]:
 
 
 def read_documents(split: DocumentSplit) -> Iterator[list[dict[str, Any]]]:
-    """A split's documents in order, some hundred at a time: `id`, `text` and `quality` (None where not scored)."""
+    """A split's documents in order, some hundred at a time: `id`, `url`, `text`, `quality` (None where not scored)."""
     with pq.ParquetFile(split.path) as file:
-        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=["id", "text", "quality"]):
+        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=["id", "url", "text", "quality"]):
             yield batch.to_pylist()
 
 
@@ -127,7 +127,7 @@ def tokenize_split(split: DocumentSplit, tokenizer: Tokenizer, bound: int, folde
             store = f"{VALIDATION}/{split.source}" if held_out else f"{split.source}/{quality_bucket(row['quality'])}"
             if store not in writers:
                 writers[store] = ShardWriter(folder / store, split.index, dtype)
-            writers[store].add(ids)
+            writers[store].add(ids, row["id"], row["url"])
     shards = {store: writer.finish() for store, writer in sorted(writers.items())}
     write_json(_record(split, folder), {store: asdict(shard) for store, shard in shards.items()})
     return shards
@@ -141,9 +141,9 @@ def _recorded_shards(split: DocumentSplit, folder: Path) -> dict[str, Shard] | N
         return None
     shards = {store: Shard(**facts) for store, facts in record.items()}
     for store, shard in shards.items():
-        for suffix, sha256 in shard.sha256.items():
+        for suffix, facts in shard.files.items():
             path = folder / store / f"{shard.name}{suffix}"
-            if not path.is_file() or file_hash(path) != sha256:
+            if not path.is_file() or file_hash(path) != facts["sha256"]:
                 return None
     return shards
 

@@ -44,6 +44,22 @@ class Permutation:
             if index < self.size:
                 return index
 
+    def inverse(self, index: int) -> int:
+        """What goes to `index`: the rounds undone from the last to the first."""
+        if not 0 <= index < self.size:
+            raise IndexError(f"{index} is outside a permutation of {self.size}")
+        while True:
+            moving, still = divmod(index, self._columns)
+            modulus, other = self._columns, self._rows
+            for key in reversed(self.key):
+                mixed = (moving + key) * ODD & MASK
+                mixed = (mixed ^ mixed >> 32) * ODD & MASK
+                moving, still = (still - (mixed >> 32)) % modulus, moving
+                modulus, other = other, modulus
+            index = moving * self._columns + still
+            if index < self.size:
+                return index
+
 
 @lru_cache(maxsize=1024)
 def permutation(size: int, *names: str | int) -> Permutation:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import heapq
 from array import array
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd
@@ -28,7 +28,7 @@ from typing import NamedTuple
 from danube_ray.artifacts import content_hash
 from danube_ray.config import ConfigError, RunConfig, StageConfig, require
 from danube_ray.data.permutation import permutation
-from danube_ray.data.shards import UNSCORED, lowest_quality
+from danube_ray.data.shards import QUALITY_BOUNDS, UNSCORED, lowest_quality
 
 VERSION = 1  # part of the hash: raise it when the same settings would give another order
 MAX_PERIOD = 100_000  # slots in a period of shares, a few bytes each: percentages with three decimals
@@ -76,6 +76,13 @@ class BalancedPeriod:
         source = self._owner[place]
         return source, cycle * self.weights[source] + self._rank[place]
 
+    def slot(self, source: int, ordinal: int) -> int:
+        """The slot that `at` gives to the source's `ordinal`: between its release and its due date."""
+        period, weight = len(self._owner), self.weights[source]
+        cycle, j = divmod(ordinal, weight)
+        open_places = range(j * period // weight, -(-(j + 1) * period // weight))
+        return cycle * period + next(p for p in open_places if (self._owner[p], self._rank[p]) == (source, j))
+
     def counts(self, slots: int) -> list[int]:
         """How many of the first `slots` each source has."""
         cycle, place = divmod(slots, len(self._owner))
@@ -118,6 +125,10 @@ class Dealer:
                 return lane, before
             ordinal -= before
         return self.lanes[-1], ordinal
+
+    def ordinal(self, lane: int, count: int, among: int) -> int:
+        """Which of the source's first `among` windows `at` gives to the `lane`-th lane once that had `count` before."""
+        return bisect_right(range(among + 1), count, key=lambda ordinals: self.counts(ordinals)[lane]) - 1
 
     def counts(self, ordinals: int) -> list[int]:
         """How many of the source's first `ordinals` windows each lane has."""
@@ -204,11 +215,12 @@ class MixturePlan:
         buckets, quality = self._sizes[source], config.min_quality.get(source, 0.0)
         if quality > 0:
             where = f"min_quality of {setting}"
-            scored = UNSCORED not in buckets
-            require(scored, where, quality, "0 for a source with unscored documents", "score them in curation first")
+            bounds, remedy = QUALITY_BOUNDS[1:], "shards part a source's documents by quarters of the scale"
+            require(quality in bounds, where, quality, f"one of 0, {', '.join(map(str, bounds))}", remedy)
+            need, remedy = "0 for a source with unscored documents", "curate it with a quality model, which scores them"
+            require(UNSCORED not in buckets, where, quality, need, remedy)
             buckets = {b: tokens for b, tokens in buckets.items() if (lowest_quality(b) or 0.0) >= quality}
-            remedy = "a bucket counts when all of its quarter does: 0.25, 0.5 or 0.75"
-            require(bool(buckets), where, quality, "a quality that some documents reach", remedy)
+            require(bool(buckets), where, quality, "a quality that some documents reach", "lower it")
         eligible = [bucket for bucket in sorted(buckets) if self._num_chunks(source, bucket)]
         if not eligible:
             remedy = "give it more text, or shorten the run's longest sequence"
@@ -246,6 +258,42 @@ class MixturePlan:
         window_index = offset // stage.sequence_length
         start = chunk * self.chunk_tokens + offset
         return Window(source, lane.bucket, chunk, window_index, start, stage.sequence_length, epoch)
+
+    def slots_of(self, source: str, bucket: str, start_token: int, end_token: int) -> list[tuple[int, int]]:
+        """Every (step, slot) whose window, its label included, has some of a bucket's tokens [start, end); in order.
+
+        The way of `window` backwards: its cost is that of the windows found, however long the run.
+        """
+        slots = []
+        for stage, tokens in zip(self._stages, self.stage_tokens, strict=True):
+            if source not in stage.sources:
+                continue
+            index, length = stage.sources.index(source), stage.sequence_length
+            dealer, windows = stage.dealers[index], tokens[source] // length
+            for number, (lane, taken) in enumerate(zip(dealer.lanes, dealer.counts(windows), strict=True)):
+                if lane.bucket != bucket:
+                    continue
+                for position in self._positions(source, lane, length, taken, start_token, end_token):
+                    count = (position - lane.cursor_tokens) // length
+                    slot = balanced_period(stage.weights).slot(index, dealer.ordinal(number, count, windows))
+                    step, slot = divmod(slot, stage.windows_per_step)
+                    slots.append((stage.first_step + step, slot))
+        return sorted(slots)
+
+    def _positions(
+        self, source: str, lane: Lane, length: int, taken: int, start_token: int, end_token: int
+    ) -> Iterator[int]:
+        """Where in the lane's endless stream its windows with these tokens begin, among the `taken` of one stage."""
+        epoch_tokens = lane.num_chunks * self.chunk_tokens
+        begin, end = lane.cursor_tokens, lane.cursor_tokens + taken * length
+        first = max(0, -(-start_token // length) - 1) * length  # the window before ends with the first token as label
+        for epoch in range(begin // epoch_tokens, -(-end // epoch_tokens)):
+            order = permutation(lane.num_chunks, self._seed, source, lane.bucket, epoch)
+            for start in range(first, min(end_token, epoch_tokens), length):
+                chunk, offset = divmod(start, self.chunk_tokens)
+                position = epoch * epoch_tokens + order.inverse(chunk) * self.chunk_tokens + offset
+                if begin <= position < end:
+                    yield position
 
     def _stage(self, step: int) -> Stage:
         if not 0 <= step < self.num_steps:

@@ -2,6 +2,7 @@
 
     tokens/SOURCE/BUCKET/shard-00000.bin    little-endian uint16 (uint32 over 65,536 pieces), documents back to back
     tokens/SOURCE/BUCKET/shard-00000.idx    int64 end of each document in the shard, exclusive
+    tokens/SOURCE/BUCKET/shard-00000.parquet    `id` and `url` of each document, in the same order
     tokens/SOURCE/BUCKET/manifest.json      the bucket's commit: shards in order, counts, hashes
     tokens/validation/SOURCE/               a source's held-out documents, in the same form
     tokens/manifest.json                    the whole folder's commit
@@ -15,19 +16,33 @@ import hashlib
 import os
 import tempfile
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from danube_ray.artifacts import MANIFEST, ArtifactError, damage, file_hash, read_manifest, write_json
+from danube_ray.artifacts import (
+    MANIFEST,
+    ArtifactError,
+    damage,
+    file_hash,
+    read_manifest,
+    write_atomically,
+    write_json,
+)
 from danube_ray.config import ConfigError
 
 VALIDATION = "validation"
 UNSCORED = "unscored"
 QUALITY_BUCKETS = ("q0", "q1", "q2", "q3")
+QUALITY_BOUNDS = (0.0, 0.25, 0.5, 0.75)  # the least quality in each
+NAMES = pa.schema([("id", pa.string()), ("url", pa.string())])
+NAMES_AT_ONCE = 1024  # documents in a row group: what is read to name one of them
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -41,85 +56,83 @@ def quality_bucket(quality: float | None) -> str:
         return UNSCORED
     if not 0 <= quality <= 1:
         raise ValueError(f"a quality lies between 0 and 1, not {quality}")
-    return QUALITY_BUCKETS[min(int(quality * 4), 3)]
+    return QUALITY_BUCKETS[bisect_right(QUALITY_BOUNDS, quality) - 1]
 
 
 def lowest_quality(bucket: str) -> float | None:
     """The least quality that a bucket's documents can have; None where they have none."""
-    return None if bucket == UNSCORED else QUALITY_BUCKETS.index(bucket) / 4
+    return None if bucket == UNSCORED else QUALITY_BOUNDS[QUALITY_BUCKETS.index(bucket)]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What a finished shard holds; its files are `name` with .bin and .idx."""
+    """What a finished shard holds. `files` are the bytes and sha256 of its files by suffix: .bin, .idx, .parquet."""
 
     name: str
     tokens: int
     documents: int
-    sha256: dict[str, str]
+    files: dict[str, dict[str, Any]]
 
 
 class ShardWriter:
-    """Writes one shard document by document. A crash leaves hidden leftovers only: final names appear in `finish`."""
+    """Writes one shard document by document. A crash leaves hidden leftovers, or files of a shard without its .bin."""
 
     def __init__(self, folder: Path, index: int, dtype: np.dtype) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._name, self._dtype = folder, f"shard-{index:05d}", dtype
-        descriptor, self._temporary = tempfile.mkstemp(dir=folder, prefix=f".{self._name}.")
+        self._path, self._dtype = folder / f"shard-{index:05d}", dtype
+        descriptor, self._temporary = tempfile.mkstemp(dir=folder, prefix=f".{self._path.name}.")
         self._file = os.fdopen(descriptor, "wb")
         self._hash = hashlib.sha256()
         self._ends: list[int] = []
+        self._names: list[tuple[str, str]] = []
         self._tokens = 0
 
-    def add(self, ids: np.ndarray | Sequence[int]) -> None:
-        """Append one document's ids."""
+    def add(self, ids: np.ndarray | Sequence[int], document_id: str = "", url: str = "") -> None:
+        """Append one document's token ids, with the document's own id and the URL it was read from."""
         data = np.asarray(ids).astype(self._dtype, casting="unsafe").tobytes()
         self._file.write(data)
         self._hash.update(data)
         self._tokens += len(ids)
         self._ends.append(self._tokens)
+        self._names.append((document_id, url))
 
     def finish(self) -> Shard:
-        """Flush to disk and give both files their names, the index first."""
+        """Flush to disk and give the files their names, the tokens last."""
+        files = {}
         ends = np.array(self._ends, "<i8").tobytes()
-        descriptor, index = tempfile.mkstemp(dir=self._folder, prefix=f".{self._name}.")
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(ends)
-            _sync(file)
-        _sync(self._file)
+        for suffix, content in ((".parquet", _names_file(self._names)), (".idx", ends)):
+            write_atomically(self._path.with_suffix(suffix), content)
+            files[suffix] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        files[".bin"] = {"bytes": self._tokens * self._dtype.itemsize, "sha256": self._hash.hexdigest()}
+        self._file.flush()
+        os.fsync(self._file.fileno())
         self._file.close()
-        for temporary, suffix in ((index, ".idx"), (self._temporary, ".bin")):
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(self._folder / f"{self._name}{suffix}")
-        sha256 = {".bin": self._hash.hexdigest(), ".idx": hashlib.sha256(ends).hexdigest()}
-        return Shard(self._name, self._tokens, len(self._ends), sha256)
+        Path(self._temporary).chmod(0o644)
+        Path(self._temporary).replace(self._path.with_suffix(".bin"))
+        return Shard(self._path.name, self._tokens, len(self._ends), files)
 
 
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _names_file(names: Sequence[tuple[str, str]]) -> bytes:
+    """A shard's names as Parquet. Ids are hashes, and hardly a URL comes twice: neither gains by a dictionary."""
+    table = pa.Table.from_pylist([{"id": name, "url": url} for name, url in names], NAMES)
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table, sink, NAMES_AT_ONCE, compression="zstd", use_dictionary=False, write_statistics=False, store_schema=False
+    )
+    return sink.getvalue().to_pybytes()
 
 
 def commit_store(folder: Path, shards: Sequence[Shard], dtype: np.dtype, tokenizer_sha256: str) -> dict[str, Any]:
     """Write a bucket's manifest, last, and remove what an earlier crash left beside its shards."""
     for leftover in folder.glob(".shard-*"):
         leftover.unlink()
-    itemsize = {".bin": dtype.itemsize, ".idx": 8}
-    files = {
-        f"{shard.name}{suffix}": {
-            "bytes": itemsize[suffix] * (shard.tokens if suffix == ".bin" else shard.documents),
-            "sha256": sha256,
-        }
-        for shard in shards
-        for suffix, sha256 in sorted(shard.sha256.items())
-    }
     manifest = {
         "tokens": sum(shard.tokens for shard in shards),
         "documents": sum(shard.documents for shard in shards),
         "dtype": dtype.str,
         "tokenizer_sha256": tokenizer_sha256,
-        "shards": [asdict(shard) for shard in shards],
-        "files": files,
+        "shards": [{"name": shard.name, "tokens": shard.tokens, "documents": shard.documents} for shard in shards],
+        "files": {f"{s.name}{suffix}": facts for s in shards for suffix, facts in sorted(s.files.items())},
     }
     write_json(folder / MANIFEST, manifest)
     return manifest
@@ -161,6 +174,14 @@ def write_tokens(
     return commit_tokens(tokens_dir, tokenizer_sha256=tokenizer_sha256, vocab_size=vocab_size, dtype=dtype.str)
 
 
+class Span(NamedTuple):
+    """Where a document lies in a store: its number among all of them, and its tokens [start_token, end_token)."""
+
+    number: int
+    start_token: int
+    end_token: int
+
+
 class TokenStore:
     """One bucket's shards as one long array of token ids, mapped into memory where it is read.
 
@@ -176,8 +197,8 @@ class TokenStore:
         self.num_documents: int = manifest["documents"]
         self.tokenizer_sha256: str = manifest["tokenizer_sha256"]
         self._names = [shard["name"] for shard in manifest["shards"]]
-        lengths = [shard["tokens"] for shard in manifest["shards"]]
-        self._starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+        self._starts = _starts(shard["tokens"] for shard in manifest["shards"])
+        self._numbers = _starts(shard["documents"] for shard in manifest["shards"])  # of each shard's first document
         self._maps: dict[int, np.ndarray] = {}
         for name, facts in manifest["files"].items():
             path = folder / name
@@ -210,12 +231,62 @@ class TokenStore:
         ends = [np.fromfile(self.folder / f"{name}.idx", "<i8") for name in self._names]
         return np.concatenate([np.empty(0, "<i8"), *(e + start for e, start in zip(ends, self._starts, strict=False))])
 
+    def documents(self, start: int, count: int) -> Iterator[Span]:
+        """The documents that have tokens among [start, start + count), in order; a binary search, no more is read."""
+        stop = min(start + count, self.num_tokens)
+        for index in range(bisect_right(self._starts, start) - 1, len(self._names)):
+            begin = self._starts[index]
+            if begin >= stop:
+                break
+            ends = np.memmap(self.folder / f"{self._names[index]}.idx", "<i8", mode="r")
+            first = int(np.searchsorted(ends, start - begin, side="right"))
+            last = int(np.searchsorted(ends, stop - begin, side="left"))
+            edges = [int(ends[first - 1]) if first else 0, *ends[first : last + 1].tolist()]
+            for number, (left, right) in enumerate(pairwise(edges), self._numbers[index] + first):
+                if left < right:
+                    yield Span(number, begin + left, begin + right)
+
+    def names(self, numbers: Iterable[int]) -> dict[int, tuple[str, str]]:
+        """Id and URL by document number, from the row groups that hold them and no others."""
+        names = {}
+        for index, group in groupby(sorted(set(numbers)), key=lambda number: bisect_right(self._numbers, number) - 1):
+            with self._names_file(index) as file:
+                rows_at_once = file.metadata.row_group(0).num_rows
+                places = [(number, *divmod(number - self._numbers[index], rows_at_once)) for number in group]
+                for row_group, members in groupby(places, key=lambda place: place[1]):
+                    ids, urls = file.read_row_group(row_group)
+                    names |= {number: (ids[row].as_py(), urls[row].as_py()) for number, _, row in members}
+        return names
+
+    def find(self, document_id: str) -> Span | None:
+        """Where the document of this id lies. Reads the ids of the store, 16 bytes a document, and nothing else."""
+        for index, name in enumerate(self._names):
+            with self._names_file(index) as file:
+                row = file.read(["id"])["id"].index(document_id).as_py()
+            if row >= 0:
+                ends, begin = np.memmap(self.folder / f"{name}.idx", "<i8", mode="r"), self._starts[index]
+                start = int(ends[row - 1]) if row else 0
+                return Span(self._numbers[index] + row, begin + start, begin + int(ends[row]))
+        return None
+
+    def _names_file(self, index: int) -> pq.ParquetFile:
+        path = self.folder / f"{self._names[index]}.parquet"
+        if not path.is_file():
+            made = "their tokens folder was made by an older version, make it again with `danube tokenize`"
+            raise ArtifactError(f"{path} is missing: the shards of {self.folder} don't name their documents; {made}")
+        return pq.ParquetFile(path)
+
     def _map(self, index: int) -> np.ndarray:
         if index not in self._maps:
             path = self.folder / f"{self._names[index]}.bin"
             # np.memmap's own slices are slow to make; a plain view of the same pages isn't.
             self._maps[index] = np.memmap(path, self.dtype, mode="r").view(np.ndarray)
         return self._maps[index]
+
+
+def _starts(lengths: Iterable[int]) -> list[int]:
+    """Where each of several parts in a row begins, and where the last ends."""
+    return [0, *accumulate(lengths)]
 
 
 def open_sources(tokens_dir: Path) -> dict[str, dict[str, TokenStore]]:

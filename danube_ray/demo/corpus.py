@@ -28,7 +28,9 @@ from typing import Any
 
 from danube_ray.artifacts import write_atomically
 from danube_ray.config import require
+from danube_ray.curate.c4 import LineRules
 from danube_ray.curate.heuristics import HeuristicRules
+from danube_ray.curate.settings import CurationSettings
 from danube_ray.demo.docstrings import Documentation, read_module
 from danube_ray.demo.instructions import instruction_sets, stable_number
 
@@ -61,7 +63,10 @@ DOCUMENTATION_RULES = HeuristicRules(
     max_short_lines=0.80,
     max_repeated_line_chars=0.20,
     max_newlines_per_word=0.50,
+    lines=LineRules(rewrite=False),
 )
+# Documentation is full of code, and of module texts that resemble each other.
+DOCUMENTATION_SETTINGS = CurationSettings(rules=DOCUMENTATION_RULES, languages=(), max_code_share=1, min_jaccard=0.9)
 
 Text = tuple[str, str]
 

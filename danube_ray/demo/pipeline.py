@@ -93,13 +93,17 @@ class Demo:
         return {name: folders[name] for name in [*cleanest_first, *sorted(folders.keys() - set(cleanest_first))]}
 
     def curate(self) -> dict[str, Any]:
-        from danube_ray.demo.corpus import DOCUMENTATION_RULES
+        from danube_ray.demo.corpus import DOCUMENTATION_SETTINGS
         from danube_ray.runtime.curation import curate
 
         self.start_ray()
         with self.bar("curating") as on_progress:
-            out = self.root / "documents"
-            counts = curate(self.sources, out, rules=DOCUMENTATION_RULES, on_progress=on_progress)
+            counts = curate(
+                self.sources,
+                self.root / "documents",
+                DOCUMENTATION_SETTINGS,
+                lambda step, done, total: on_progress(done, total),
+            )["counts"]
         return {fact: sum(source[fact] for source in counts.values()) for fact in ("read", "kept", "dropped")}
 
     def train_tokenizer(self) -> dict[str, Any]:

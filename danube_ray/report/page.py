@@ -74,7 +74,7 @@ def page(run: RunArtifacts, live: bool = False) -> dict[str, Any]:
         "events": events(shown) if shown else {},
         "written": written(shown) if shown else {},
         "mixture": mixture(training, run.mixture) if training else [],
-        "curation": curation(run.curation),
+        "curation": curation(run),
         "posttraining": [
             (title, loss_by_step(part, title, colors), part)
             for title, part in ((POSTTRAINING_TITLES.get(name, name), part) for name, part in run.posttraining.items())
@@ -173,10 +173,12 @@ def mixture(training: Training, seen: dict[str, dict[str, Row]]) -> list[dict[st
     return stages
 
 
-def curation(counts: dict[str, Row]) -> dict[str, Any]:
-    """Read, kept, dropped and quarantined documents by source, and the reasons, most frequent first."""
+def curation(run: RunArtifacts) -> dict[str, Any]:
+    """Read, kept, dropped and quarantined documents by source, the reasons, most frequent first, and a page of more."""
+    counts = run.curation
     if not counts:
         return {}
+    its_own = "documents/report.html"
     names = ("read", "kept", "dropped", "quarantined")
     reasons: dict[str, dict[str, int]] = {}
     for source, row in counts.items():
@@ -186,6 +188,7 @@ def curation(counts: dict[str, Row]) -> dict[str, Any]:
     ranked = sorted(reasons.items(), key=lambda item: -sum(item[1].values()))
     most = sum(ranked[0][1].values()) if ranked else 1
     return {
+        "report": its_own if (run.folder / its_own).is_file() else "",
         "sources": [{"source": source, **row} for source, row in counts.items()],
         "total": {name: sum(row.get(name, 0) for row in counts.values()) for name in (*names, "kept_bytes")},
         "reasons": [

@@ -6,177 +6,249 @@ A run killed anywhere and started again leaves the bytes of a run that was not k
 from __future__ import annotations
 
 import shutil
+import time
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pyarrow.parquet as pq
 
 from danube_ray.artifacts import (
     ArtifactError,
     commit,
     content_hash,
     damage,
+    file_hash,
     finished,
+    read_json,
     read_manifest,
     require_replaceable,
     work_folder,
+    write_json,
 )
-from danube_ray.config import require
-from danube_ray.curate.dedup import as_bytes, keepers
-from danube_ray.curate.extract import plan_splits
-from danube_ray.curate.heuristics import WEB_RULES, HeuristicRules
+from danube_ray.config import require, to_dict
+from danube_ray.curate.decontaminate import BenchmarkIndex
+from danube_ray.curate.judging import Judging
+from danube_ray.curate.quality import QualityModel
 from danube_ray.curate.records import Part, Split
-from danube_ray.curate.splits import DUPLICATE, finish_split, judge_split, read_fingerprints
+from danube_ray.curate.settings import CurationSettings
+from danube_ray.curate.sources import plan_splits
+from danube_ray.curate.splits import finish_split, judge_split, judged_path
+from danube_ray.curate.tables import CONTAMINATION, TableWriter
+from danube_ray.report.curation import write_curation_report
+from danube_ray.runtime.deduplication import deduplicate
 from danube_ray.runtime.session import session
-from danube_ray.runtime.splits import Progress, run_splits
+from danube_ray.runtime.splits import run_splits
 
-# A part of every result's inputs: raise it when the rules, or what is written, change.
-VERSION = 1
+# A part of every result's inputs: raise it when the judges, or what is written, change.
+VERSION = 2
+THROUGHPUT = "throughput.json"
 
+OnProgress = Callable[[str, int, int], None]  # a step's name, and how many of how many splits are done
 
-@dataclass(frozen=True)
-class _Settings:
-    """What every task of a curation shares. `rules` holds the sources in order of priority."""
-
-    rules: dict[str, HeuristicRules]
-    max_document_bytes: int
-    work: Path
+Counts = dict[str, dict[str, Any]]
 
 
 def curate(
-    sources: Mapping[str, Path],
+    sources: Mapping[str, str | Path],
     out: Path,
-    *,
-    rules: HeuristicRules | Mapping[str, HeuristicRules] = WEB_RULES,
-    split_bytes: int = 8 * 2**20,
-    max_document_bytes: int = 10 * 2**20,
-    max_quarantine_share: float = 0.05,
-    on_progress: Progress | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Judge every record of `sources`, drop exact duplicates, and leave the folder `out`; returns its counts.
+    settings: CurationSettings | None = None,
+    on_progress: OnProgress | None = None,
+) -> dict[str, Any]:
+    """Judge every record of `sources`, drop duplicates, and leave the folder `out`; returns its manifest.
 
-    Of a duplicate the first source of `sources` keeps its copy. `rules` may differ by source. `on_progress(done,
-    total)` counts steps, two a split. `out` appears complete, holding `documents`, `dropped` and `quarantine`, each
-    `SOURCE/SPLIT.parquet`, and the manifest; one that is complete from the same input is verified and left as it is.
+    Of equally good duplicates the first source of `sources` keeps its copy. `out` appears complete, holding
+    `documents`, `dropped` and `quarantine`, each `SOURCE/SPLIT.parquet`, and the manifest; beside what it names stand
+    the report page and the throughput. One that is complete from the same input is verified and left as it is.
 
     Raises ConfigError before any work, and ArtifactError when more than `max_quarantine_share` of a source can't be
     read.
     """
+    settings, out = settings or CurationSettings(), out.resolve()
     require(bool(sources), "sources", dict(sources), "at least one")
-    require(0 <= max_quarantine_share <= 1, "max_quarantine_share", max_quarantine_share, "between 0 and 1")
-    for name, value in (("split_bytes", split_bytes), ("max_document_bytes", max_document_bytes)):
-        require(value > 0, name, value, "greater than 0")
-    if not isinstance(rules, HeuristicRules):
-        require(set(rules) == set(sources), "rules", sorted(rules), f"one for each of {', '.join(sources)}")
-    rules_by_source = {name: rules if isinstance(rules, HeuristicRules) else rules[name] for name in sources}
-    out = out.resolve()
+    for source in settings.rule_sets:
+        require(source in sources, "rule_sets", source, f"one of the sources {', '.join(sources)}")
     _check_place(out, sources)
 
-    splits = [split for source, path in sources.items() for split in plan_splits(source, path, split_bytes)]
-    inputs = {
-        "version": VERSION,
-        "splits": [asdict(split) for split in splits],
-        "rules": [[name, asdict(chosen)] for name, chosen in rules_by_source.items()],
-        "max_document_bytes": max_document_bytes,
-    }
+    index = BenchmarkIndex.build(settings.benchmarks) if settings.benchmarks else None
+    splits = [
+        split for source, path in sources.items() for split in plan_splits(source, str(path), settings.split_bytes)
+    ]
+    inputs = {"version": VERSION, "splits": [asdict(split) for split in splits], **_what_decides(settings, index)}
     work = work_folder(out, "curating", content_hash(inputs))
     if not (finished(out, inputs) and damage(out) is None):
-        settings = _Settings(rules_by_source, max_document_bytes, work)
-        counts = _curate_splits(splits, settings, max_quarantine_share, on_progress)
-        _publish(work / "final", out, inputs=content_hash(inputs), curation_version=VERSION, counts=counts)
+        judging = Judging(content_hash(inputs), settings)
+        if index is not None:
+            work.mkdir(parents=True, exist_ok=True)
+            judging = replace(judging, benchmark_index=work / "benchmarks.safetensors")
+            index.save(work / "benchmarks.safetensors")
+        run = _Run(splits, judging, work, {source: rank for rank, source in enumerate(sources)}, on_progress)
+        facts = run.curate()
+        for name, number in index.left_out.items() if index else ():
+            facts["contaminated"].setdefault(name, {"documents": 0, "items": 0})["left_out"] = number
+        _publish(work / "final", out, inputs=content_hash(inputs), curation_version=VERSION, **facts)
+        write_json(out / THROUGHPUT, run.throughput)
     shutil.rmtree(work, ignore_errors=True)
-    return read_manifest(out)["counts"]
+    if not (out / "report.html").is_file():
+        write_curation_report(out)
+    return read_manifest(out)
 
 
-def _curate_splits(
-    splits: list[Split], settings: _Settings, max_quarantine_share: float, on_progress: Progress | None
-) -> dict[str, dict[str, Any]]:
-    """Both steps over all splits, with the choice among duplicates between them; counts by source."""
-    report, total = on_progress or (lambda done, total: None), 2 * len(splits)
-    packed = [asdict(split) for split in splits]
-    with session():
-        judged = run_splits(partial(_judge, settings=settings), packed, lambda done: report(done, total))
-        _check_quarantine(_sum_by_source(splits, judged), max_quarantine_share, settings.work)
-        duplicates = zip(packed, _duplicates(splits, settings), strict=True)
-        final = run_splits(
-            partial(_finish, settings=settings), list(duplicates), lambda done: report(len(splits) + done, total)
+@dataclass
+class _Run:
+    """One pass over the splits: judge, score, deduplicate, finish."""
+
+    splits: list[Split]
+    judging: Judging
+    work: Path
+    priorities: dict[str, int]
+    on_progress: OnProgress | None
+
+    def __post_init__(self) -> None:
+        self.throughput: list[dict[str, Any]] = []
+
+    def curate(self) -> dict[str, Any]:
+        """All steps; the manifest's facts."""
+        settings = self.judging.settings
+        with session():
+            judged = self._each_split("judge", partial(_judge, judging=self.judging, work=self.work))
+            self._check_quarantine(judged)
+            model = settings.quality_model
+            if model and QualityModel.load(model).has_encoder:
+                # It brings torch, which the judging workers, who import this file, start seconds sooner without.
+                from danube_ray.runtime.quality import score_splits
+
+                self._timed("score", lambda report: score_splits(self.splits, self.work, model, on_progress=report))
+            self._timed("deduplicate", self._deduplicate)
+            final = self._each_split("finish", partial(_finish, min_quality=settings.min_quality, work=self.work))
+        return {
+            "counts": self._counts(judged, final),
+            "duplicates": read_json(self.work / "duplicates" / "summary.json"),
+            "contaminated": self._gather_contamination(),
+            "settings": _plain(settings, self.priorities),
+        }
+
+    def _deduplicate(self, report: Callable[[int, int], None]) -> None:
+        settings = self.judging.settings
+        near, least = settings.near_duplicates, settings.min_jaccard
+        deduplicate(
+            self.splits, self.work, priorities=self.priorities, near=near, min_jaccard=least, on_progress=report
         )
-    return _counts_by_source(splits, judged, final)
+
+    def _each_split(self, step: str, task: Callable[[Any], dict[str, Any]]) -> list[dict[str, Any]]:
+        packed = [asdict(split) for split in self.splits]
+
+        def run(report: Callable[[int, int], None]) -> list[dict[str, Any]]:
+            return run_splits(task, packed, lambda done: report(done, len(packed)))
+
+        counts = self._timed(step, run)
+        wall_s = self.throughput.pop()["wall_s"]
+        for source in self.priorities:
+            spent = [row["spent"] for split, row in zip(self.splits, counts, strict=True) if split.source == source]
+            sums = {name: sum(row[name] for row in spent) for name in ("documents", "bytes", "seconds")}
+            self.throughput.append({"step": step, "source": source, **sums, "wall_s": wall_s})
+        return counts
+
+    def _timed(self, step: str, run: Callable[[Callable[[int, int], None]], Any]) -> Any:
+        started = time.perf_counter()
+        result = run(lambda done, total: self.on_progress(step, done, total) if self.on_progress else None)
+        self.throughput.append({"step": step, "source": None, "wall_s": time.perf_counter() - started})
+        return result
+
+    def _check_quarantine(self, judged: Sequence[dict[str, Any]]) -> None:
+        max_share = self.judging.settings.max_quarantine_share
+        for source, counts in self._by_source(judged).items():
+            quarantined = sum(counts["quarantined_by"].values())
+            if quarantined > max_share * counts["read"]:
+                reasons = ", ".join(f"{number} {reason}" for reason, number in counts["quarantined_by"].items())
+                raise ArtifactError(
+                    f"{quarantined} of {counts['read']} records of source {source!r} can't be read ({reasons}): over "
+                    f"max_quarantine_share={max_share}; {self.work / 'final' / 'quarantine' / source} names them; mend "
+                    f"or remove their files, or allow a larger share"
+                )
+
+    def _counts(self, judged: Sequence[dict[str, Any]], final: Sequence[dict[str, Any]]) -> Counts:
+        """The manifest's counts, after checking that every record read lies in one of the three tables."""
+        read, written = self._by_source(judged), self._by_source(final)
+        counts = {}
+        for source, found in written.items():
+            dropped_by = Counter(read[source].pop("dropped_by")) + Counter(found.pop("dropped_late_by"))
+            counts[source] = {"read": read[source].pop("read"), **found, "dropped_by": dict(dropped_by.most_common())}
+            counts[source] |= read[source]
+            total = found["kept"] + found["dropped"] + found["quarantined"]
+            if total != counts[source]["read"] or dropped_by.total() != found["dropped"]:
+                read_all = counts[source]["read"]
+                raise ArtifactError(
+                    f"source {source!r}: {read_all} records read, but {total} written: {counts[source]}"
+                )
+        return counts
+
+    def _by_source(self, counts: Sequence[dict[str, Any]]) -> Counts:
+        """Add up counts, and counts by reason or bin, over each source's splits; what was spent is left out."""
+        by_source: Counts = {}
+        for split, row in zip(self.splits, counts, strict=True):
+            total = by_source.setdefault(split.source, {})
+            for name, value in row.items():
+                if name == "spent":
+                    continue
+                if isinstance(value, dict):
+                    summed = Counter(total.get(name, {})) + Counter(value)
+                    total[name] = dict(sorted(summed.items(), key=lambda item: (-item[1], item[0])))
+                else:
+                    total[name] = total.get(name, 0) + value
+        return by_source
+
+    def _gather_contamination(self) -> dict[str, dict[str, int]]:
+        """Put the splits' tables of evaluation items into one; by benchmark, how many documents held how many items."""
+        seen: dict[str, tuple[set[str], set[int]]] = {}
+        with TableWriter(self.work / "final" / "contamination.parquet", CONTAMINATION) as gathered:
+            for path in (judged_path(self.work, split, "contamination") for split in self.splits):
+                table = pq.read_table(path) if path.is_file() else CONTAMINATION.empty_table()
+                gathered.write(table)
+                for row in table.select(["id", "benchmark", "item"]).to_pylist():
+                    documents, items = seen.setdefault(row["benchmark"], (set(), set()))
+                    documents.add(row["id"])
+                    items.add(row["item"])
+        return {name: {"documents": len(ids), "items": len(items)} for name, (ids, items) in sorted(seen.items())}
 
 
-def _judge(packed: dict[str, Any], settings: _Settings) -> dict[str, Any]:
-    split = _unpacked(packed)
-    return judge_split(split, settings.rules[split.source], settings.max_document_bytes, settings.work)
+def _judge(packed: dict[str, Any], judging: Judging, work: Path) -> dict[str, Any]:
+    return judge_split(_unpacked(packed), judging, work)
 
 
-def _finish(packed: tuple[dict[str, Any], dict[str, str]], settings: _Settings) -> dict[str, Any]:
-    split, duplicates = packed
-    return finish_split(_unpacked(split), {int(row): kept_id for row, kept_id in duplicates.items()}, settings.work)
+def _finish(packed: dict[str, Any], min_quality: float, work: Path) -> dict[str, Any]:
+    return finish_split(_unpacked(packed), min_quality, work)
 
 
 def _unpacked(fields: dict[str, Any]) -> Split:
     return Split(fields["source"], fields["root"], tuple(Part(**part) for part in fields["parts"]))
 
 
-def _duplicates(splits: list[Split], settings: _Settings) -> list[dict[int, str]]:
-    """For each split: the rows of its documents that repeat another one, with the (hex) id that is kept."""
-    order = {source: priority for priority, source in enumerate(settings.rules)}
-    pairs = [read_fingerprints(split, settings.work) for split in splits]
-    fingerprints, ids = (np.concatenate(column) for column in zip(*pairs, strict=True))
-    sizes = [len(prints) for prints, _ in pairs]
-    kept = keepers(fingerprints, np.repeat([order[split.source] for split in splits], sizes), ids)
-    ends = np.cumsum(sizes)
-    duplicates: list[dict[int, str]] = [{} for _ in splits]
-    for row in np.flatnonzero(kept != np.arange(len(kept))).tolist():
-        index = int(np.searchsorted(ends, row, side="right"))
-        duplicates[index][row - int(ends[index]) + sizes[index]] = as_bytes(ids[kept[row]]).hex()
-    return duplicates
+def _what_decides(settings: CurationSettings, index: BenchmarkIndex | None) -> dict[str, Any]:
+    """All that the result depends on beside the splits: settings, and the contents of the files they name."""
+    free = ("split_bytes", "max_quarantine_share", "blocked_urls", "blocked_words", "quality_model", "benchmarks")
+    model = settings.quality_model
+    return {
+        "settings": {name: value for name, value in to_dict(settings).items() if name not in free},
+        "blocked_urls": [file_hash(path) for path in settings.blocked_urls],
+        "blocked_words": [file_hash(path) for path in settings.blocked_words],
+        "benchmarks": index.hash if index else None,
+        "quality_model": QualityModel.load(model).sha256 if model else None,
+    }
 
 
-def _check_quarantine(judged: dict[str, dict[str, Any]], max_share: float, work: Path) -> None:
-    for source, counts in judged.items():
-        quarantined = sum(counts["quarantined_by"].values())
-        if quarantined > max_share * counts["read"]:
-            reasons = ", ".join(f"{number} {reason}" for reason, number in counts["quarantined_by"].items())
-            raise ArtifactError(
-                f"{quarantined} of {counts['read']} records of source {source!r} can't be read ({reasons}): over "
-                f"max_quarantine_share={max_share}; they are named in {work / 'final' / 'quarantine' / source}; "
-                f"mend or remove their files, or allow a larger share"
-            )
-
-
-def _counts_by_source(
-    splits: list[Split], judged: list[dict[str, Any]], final: list[dict[str, Any]]
-) -> dict[str, dict[str, Any]]:
-    """The manifest's counts, after checking that every record read lies in one of the three tables."""
-    read, written = _sum_by_source(splits, judged), _sum_by_source(splits, final)
-    counts = {}
-    for source, found in written.items():
-        duplicates = found.pop("duplicates")
-        dropped_by = read[source]["dropped_by"] | ({DUPLICATE: duplicates} if duplicates else {})
-        counts[source] = {"read": read[source]["read"], **found, "dropped_by": dropped_by}
-        counts[source]["quarantined_by"] = read[source]["quarantined_by"]
-        total = found["kept"] + found["dropped"] + found["quarantined"]
-        if total != read[source]["read"]:
-            raise ArtifactError(f"source {source!r}: {read[source]['read']} records read, but {total} written: {found}")
-    return counts
-
-
-def _sum_by_source(splits: list[Split], counts: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Add up counts, and counts by reason (most frequent reason first), over each source's splits."""
-    by_source: dict[str, dict[str, Any]] = {}
-    for split, row in zip(splits, counts, strict=True):
-        total = by_source.setdefault(split.source, {})
-        for name, value in row.items():
-            if isinstance(value, dict):
-                total[name] = dict((Counter(total.get(name, {})) + Counter(value)).most_common())
-            else:
-                total[name] = total.get(name, 0) + value
-    return by_source
+def _plain(settings: CurationSettings, sources: Iterable[str]) -> dict[str, Any]:
+    """Settings for the manifest: the rules by source, and paths as text."""
+    plain = to_dict(settings)
+    plain["rules"] = {source: to_dict(settings.rules_of(source)) for source in sources}
+    plain["quality_model"] = str(settings.quality_model) if settings.quality_model else None
+    plain["benchmarks"] = {name: str(path) for name, path in settings.benchmarks.items()}
+    for name in ("blocked_urls", "blocked_words"):
+        plain[name] = [str(path) for path in plain[name]]
+    return plain
 
 
 def _publish(final: Path, out: Path, **facts: Any) -> None:
@@ -189,9 +261,11 @@ def _publish(final: Path, out: Path, **facts: Any) -> None:
     final.replace(out)
 
 
-def _check_place(out: Path, sources: Mapping[str, Path]) -> None:
+def _check_place(out: Path, sources: Mapping[str, str | Path]) -> None:
     """Refuse an `out` whose replacement would remove something else, or that would be read as a source next time."""
     for source, path in sources.items():
-        apart = not out.is_relative_to(path.resolve()) and not path.resolve().is_relative_to(out)
-        require(apart, "out", str(out), f"a folder apart from source {source!r} in {path}")
+        if "://" not in str(path):
+            place = Path(path).resolve()
+            apart = not out.is_relative_to(place) and not place.is_relative_to(out)
+            require(apart, "out", str(out), f"a folder apart from source {source!r} in {path}")
     require_replaceable(out, "curation_version")

@@ -24,11 +24,21 @@ def run_splits(step: Callable[[Any], Any], splits: Sequence[Any], on_done: Calla
     Splits and results are JSON-able. `on_done(n)` is called when n splits are finished. Raises what `OSError` a task
     met: a full disk says so in its own words.
     """
+    return map_splits(partial(run_split, step=step), splits, on_done)
+
+
+def map_splits(
+    work: Callable[[dict[str, Any]], dict[str, Any]] | type,
+    splits: Sequence[Any],
+    on_done: Callable[[int], None],
+    **options: Any,
+) -> list[Any]:
+    """`run_splits` for work that calls `run_split` itself, such as an actor's; `options` are those of `Dataset.map`."""
     rows = [{"number": number, "split": json.dumps(split)} for number, split in enumerate(splits)]
     results: list[Any] = [None] * len(rows)
     with session():
         # A block a row, and so a task a row; by default Ray Data would put many splits into one.
-        dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(partial(run_split, step=step))
+        dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(work, **options)
         for done, row in enumerate(dataset.iter_rows(), start=1):
             outcome = json.loads(row["outcome"])
             if "error" in outcome:

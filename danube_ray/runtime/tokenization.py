@@ -33,7 +33,7 @@ from danube_ray.data.shards import Shard, open_sources, open_validation
 from danube_ray.data.tokenizer import Tokenizer, train_tokenizer
 from danube_ray.runtime.splits import Progress, run_splits
 
-VERSION = 1  # part of every result's inputs: raise it when the same documents would give other shards
+VERSION = 2  # part of every result's inputs: raise it when the same documents would give other shards
 TOKENIZER_SAMPLE_BYTES = 8 * 2**20
 
 

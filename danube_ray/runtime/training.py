@@ -33,6 +33,7 @@ from danube_ray.artifacts import (
 from danube_ray.config import (
     ConfigError,
     DpoConfig,
+    EncoderConfig,
     FinetuneConfig,
     LoopConfig,
     OptimizerConfig,
@@ -209,8 +210,8 @@ def located(config: ConfigT) -> ConfigT:
 
 
 def base_parameters(config: FinetuneConfig) -> int:
-    """How many parameters post-training may change: all of the base's, or adapters too small to count here."""
-    return 0 if config.lora else load_config(Path(config.base)).num_parameters
+    """How many parameters post-training may change: all of the base's; adapters and encoders are too small to count."""
+    return 0 if config.lora or isinstance(config, EncoderConfig) else load_config(Path(config.base)).num_parameters
 
 
 def settings_identity(settings: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,18 @@ from __future__ import annotations
 import importlib
 import sys
 
-BENCHMARKS = ("step_vs_transformers", "loop_under_ray", "checkpoint_stall", "resume", "stream_memory")
+BENCHMARKS = (
+    "step_vs_transformers",
+    "loop_under_ray",
+    "checkpoint_stall",
+    "resume",
+    "stream_memory",
+    "rules_vs_datatrove",
+    "minhash_vs_datatrove",
+    "quality_models",
+    "curation_scaling",
+    "curation_memory",
+)
 
 for name in sys.argv[1:] or BENCHMARKS:
     print(f"— {name.replace('_', ' ')}")

@@ -44,6 +44,15 @@ def median_interval(values: list[float]) -> tuple[float, float]:
     return ordered[0], ordered[-1]
 
 
+def share_interval(hits: int, number: int) -> tuple[float, float]:
+    """Wilson's interval for a share of which `hits` of `number` were seen, with 95 % confidence."""
+    z = statistics.NormalDist().inv_cdf(0.975)
+    share, weight = hits / number, 1 + z * z / number
+    center = (share + z * z / (2 * number)) / weight
+    half = z * math.sqrt(share * (1 - share) / number + z * z / (4 * number * number)) / weight
+    return center - half, center + half
+
+
 def compare(
     ours: Callable[[], float], theirs: Callable[[], float], pairs: int
 ) -> tuple[Ratio, list[tuple[float, float]]]:

@@ -1,19 +1,16 @@
-"""Rules: each drops what it is for, by its own name, and signals equal what their definition gives."""
+"""Rules: each drops what it is for, by its own name; what rewrites a text does that alone."""
 
 from __future__ import annotations
 
-import random
 import re
-from collections import Counter
-from dataclasses import fields, replace
+from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from danube_ray.config import ConfigError
-from danube_ray.curate.heuristics import SIGNALS, WEB_RULES, HeuristicRules, judge
-from danube_ray.curate.repetition import duplicates, line_repetition, ngram_repetition
-from danube_ray.curate.words import WORD
+from danube_ray.curate.c4 import LineRules
+from danube_ray.curate.heuristics import RULE_SETS, RULES, SIGNALS, WEB_RULES, HeuristicRules, judge, measure
+from danube_ray.curate.words import tokenize
 
 # Prose that passes every rule: 12 sentences without a repeated line or phrase.
 PROSE = """The river rises in the hills to the north, where the snow lies until May.
@@ -58,7 +55,7 @@ BROKEN = {
     "min_mean_word_chars": " ".join(a + b for a in "abcdefghij" for b in "klmnopqrst"),
     "max_mean_word_chars": PROSE.replace("e", "e" * 20),
     "max_hash_signs": PROSE.replace(".", " # # # #."),
-    "max_ellipses": PROSE.replace(",", " …").replace(" a", " … a").replace(" h", " … h"),
+    "max_ellipses": PROSE.replace(",", " …").replace(" a", " … a").replace(" h", " … h").replace(" t", " … t"),
     "max_bullet_lines": "- " + PROSE.replace("\n", "\n  • "),
     "max_ellipsis_lines": PROSE.replace(".\n", "...\n", 5),
     "min_alphabetic_words": PROSE + " " + " ".join(map(str, range(60))),
@@ -69,12 +66,12 @@ BROKEN = {
     "min_punctuated_lines": PROSE.replace(".\n", "\n"),
     "max_short_lines": "\n".join([PROSE, *["A short line here"] * 25]),
     "max_repeated_line_chars": "\n".join([PROSE, LINES[3]]),
-    "max_newlines_per_word": PROSE.replace("\n", "\n" * 7),
+    "max_newlines_per_word": re.sub(r"(\S+ \S+ \S+) ", r"\1\n", PROSE),
 }
-OFF = HeuristicRules(**{rule.name: 0 if rule.name.startswith("min_") else 10**9 for rule in fields(HeuristicRules)})
+OFF = RULE_SETS["none"]
 
 
-@pytest.mark.parametrize("rule", [rule.name for rule in fields(HeuristicRules)])
+@pytest.mark.parametrize("rule", RULES)
 def test_a_rule_drops_what_it_is_for(rule):
     alone = replace(OFF, **{rule: getattr(WEB_RULES, rule)})
     assert reason(BROKEN[rule], OFF) is None
@@ -83,8 +80,8 @@ def test_a_rule_drops_what_it_is_for(rule):
 
 def test_a_value_on_the_bound_passes():
     signals = judge(PROSE, WEB_RULES).signals
-    for rule in fields(HeuristicRules):
-        assert reason(PROSE, replace(WEB_RULES, **{rule.name: signals[rule.name[4:]]})) is None
+    for rule in RULES:
+        assert reason(PROSE, replace(WEB_RULES, **{rule: signals[rule[4:]]})) is None
 
 
 def test_the_first_broken_rule_is_the_reason_and_ends_the_measuring():
@@ -104,48 +101,88 @@ def test_a_negative_bound_is_refused():
         HeuristicRules(max_short_lines=-0.1)
 
 
-def expected_ngram_repetition(words: list[str], num_chars: int) -> dict[str, float]:
-    """The definition, word by word."""
-    signals = {}
-    for n in (2, 3, 4):
-        grams = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
-        top = max(grams.items(), key=lambda item: item[1]) if grams else ((), 0)
-        signals[f"top_{n}gram_chars"] = len(" ".join(top[0])) * top[1] / num_chars
-    for n in (5, 6, 7, 8, 9, 10):
-        seen, chars, i = set(), 0, 0
-        while i <= len(words) - n:
-            gram = tuple(words[i : i + n])
-            if gram in seen:
-                chars, i = chars + len("".join(gram)), i + n
-            else:
-                seen.add(gram)
-                i += 1
-        signals[f"duplicate_{n}gram_chars"] = chars / num_chars
-    return signals
+def test_the_order_of_groups_changes_the_reason_and_nothing_else():
+    text = "\n".join(["Home"] * 9)
+    first = replace(WEB_RULES, repetition_first=True)
+    assert (reason(text), reason(text, first)) == ("min_words", "max_duplicate_lines")
+    assert judge(PROSE, first).signals == judge(PROSE, WEB_RULES).signals
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_ngram_repetition_is_exact(seed):
-    rng = random.Random(seed)
-    words = [rng.choice(["a", "bb", "ccc", "dddd", "-"][: rng.randint(1, 5)]) for _ in range(rng.randint(0, 80))]
-    words += words[: rng.randint(0, 40)]
-    assert_signals_equal(words, num_chars=400)
+def with_line(line: str) -> str:
+    return "\n".join([*LINES[:6], line, *LINES[6:]])
 
 
-def test_ngram_repetition_is_exact_on_encyclopedic_text(shared_data):
-    text = (shared_data / "wiki/wikitext2/word_language_model/data/wikitext-2/test.txt").read_text()[:200_000]
-    assert_signals_equal(WORD.findall(text), len(text))
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Read more",
+        "   ",
+        "Please turn JavaScript on for this page.",
+        "By going on you accept our Privacy Policy and the use of cookies.",
+        "These are three words and a " + "very" * 300 + "long one.",
+        "JavaScript needs { to begin a block.",
+    ],
+)
+def test_lines_that_are_no_text_are_left_out(line):
+    rules = replace(WEB_RULES, max_mean_word_chars=1000)
+    verdict = judge(with_line(line), rules)
+    assert (verdict.reason, verdict.text) == (None, PROSE)
+    assert verdict.words.distinct == tokenize(PROSE).distinct
+    assert judge(with_line(line), replace(rules, lines=LineRules(rewrite=False))).text == with_line(line)
 
 
-def assert_signals_equal(words: list[str], num_chars: int) -> None:
-    numbers: dict[str, int] = {}
-    ids = np.array([numbers.setdefault(word, len(numbers)) for word in words], np.int64)
-    lengths = np.array([len(word) for word in words], np.int64)
-    assert ngram_repetition(ids, lengths, num_chars) == expected_ngram_repetition(words, num_chars)
+@pytest.mark.parametrize("line", ["A heading without an end", "Then they went on and on ..."])
+def test_lines_without_closing_punctuation_stay_but_in_c4(line):
+    assert judge(with_line(line), WEB_RULES).text == with_line(line)
+    assert judge(with_line(line), RULE_SETS["c4"]).text == PROSE
 
 
-def test_line_repetition_counts_every_time_but_the_first():
-    assert duplicates(["a", "bb", "a", "bb", "bb"]) == (3, 5)
-    signals = line_repetition("one\n\ntwo\n\none\n\none")
-    assert signals["duplicate_paragraphs"] == 0.5
-    assert signals["duplicate_paragraph_chars"] == 6 / 18
+def test_marks_of_citations_are_cut_out():
+    cited = PROSE.replace("May.", "May.[12]").replace("school.", "school[citation needed].")
+    assert judge(cited, WEB_RULES).text == PROSE
+    assert judge(cited, replace(WEB_RULES, lines=LineRules(citations=False))).text == cited
+
+
+def test_the_earlier_of_placeholder_and_bracket_is_the_reason():
+    placeholder, bracket = "Here is lorem ipsum again.", "And here { is another thing."
+    assert reason(f"{PROSE}\n{placeholder}\n{bracket}") == "max_lorem_ipsum"
+    assert reason(f"{PROSE}\n{bracket}\n{placeholder}") == "max_curly_brackets"
+
+
+def test_what_is_not_rewritten_is_the_same_object():
+    kept, dropped = judge(PROSE, WEB_RULES), judge(PROSE + "\n{ is no word", WEB_RULES)
+    assert kept.text is PROSE and kept.words.text is PROSE
+    assert dropped.reason == "max_curly_brackets" and dropped.text == dropped.words.text == PROSE + "\n{ is no word"
+
+
+def test_what_is_left_out_is_not_judged_by_fineweb():
+    menu = "\n".join([PROSE, *["Click here"] * 20])
+    assert reason(menu, replace(OFF, max_short_lines=0.5)) is None
+    assert reason(menu, replace(OFF, max_short_lines=0.5, lines=LineRules(min_words=1))) == "max_short_lines"
+
+
+@pytest.mark.parametrize("name", RULE_SETS)
+def test_every_set_measures_the_same_signals(name):
+    text = PROSE.replace(".\n", ".\n\n")
+    verdict = judge(text, RULE_SETS[name])
+    assert verdict.reason is None
+    assert verdict.signals == measure(text)
+    assert tuple(sorted(verdict.signals)) == tuple(sorted(SIGNALS))
+
+
+def test_nothing_is_dropped_without_rules():
+    assert all(reason(text, OFF) is None for text in ["", "\n", *BROKEN.values()])
+
+
+VERSE = "\n".join(f"  {line[:26]}" for line in LINES) + "\n  and {all} of it. And so on."
+
+
+def test_verse_and_formulas_are_prose():
+    assert reason(VERSE, WEB_RULES) is not None
+    verdict = judge(VERSE, RULE_SETS["prose"])
+    assert (verdict.reason, verdict.text) == (None, VERSE)
+
+
+def test_a_rule_for_lines_is_checked():
+    with pytest.raises(ConfigError, match="min_words"):
+        LineRules(min_words=0)

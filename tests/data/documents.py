@@ -9,14 +9,16 @@ import pyarrow.parquet as pq
 
 from danube_ray.artifacts import commit
 
-SCHEMA = pa.schema([("id", pa.string()), ("text", pa.string()), ("quality", pa.float64())])
+COLUMNS = [("id", pa.string()), ("text", pa.string()), ("url", pa.string()), ("quality", pa.float64())]
+SCHEMA = pa.schema(COLUMNS)
 
 
 def document(source: str, number: int) -> dict[str, str | float | None]:
     """A short text that differs by source and number; `web` has a quality, the other sources have none."""
     words = ["".join(chr(97 + number * step * place % 26) for place in (1, 3, 5, 7)) for step in range(number % 40)]
     text = f"{source} {number}: {' '.join(words)}"
-    return {"id": f"{source}-{number}", "text": text, "quality": number % 11 / 10 if source == "web" else None}
+    quality = number % 11 / 10 if source == "web" else None
+    return {"id": f"{source}-{number}", "text": text, "url": f"https://{source}.org/{number}", "quality": quality}
 
 
 def write_documents(folder: Path, splits: dict[str, list[int]]) -> Path:

@@ -14,7 +14,9 @@ from danube_ray.data.permutation import permutation
 @pytest.mark.parametrize("size", [*range(1, 40), 97, 100, 101, 1024, 1025, 9_999])
 def test_every_index_is_hit_once(size: int) -> None:
     for seed in range(3):
-        assert sorted(map(permutation(size, seed, "web"), range(size))) == list(range(size))
+        order = permutation(size, seed, "web")
+        assert sorted(map(order, range(size))) == list(range(size))
+        assert [order.inverse(order(index)) for index in range(size)] == list(range(size))
 
 
 def test_a_permutation_of_trillions_stays_inside_and_does_not_repeat() -> None:
@@ -23,6 +25,7 @@ def test_a_permutation_of_trillions_stays_inside_and_does_not_repeat() -> None:
     assert len(set(images)) == 10_000
     assert 0 <= min(images) < size // 100
     assert size - size // 100 < max(images) < size
+    assert [permutation(size, 1).inverse(image) for image in images] == list(range(10_000))
 
 
 def test_keys_give_different_orders_and_a_key_always_the_same() -> None:

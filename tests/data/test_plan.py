@@ -168,7 +168,8 @@ def test_epochs_and_tails_are_counted_and_epochs_capped() -> None:
     [
         (stage("a", 999, 64, {"books": 1}), "source 'books' of stage 'a'.*code, web, wiki"),
         (stage("a", 999, 64, {"wiki": 1}, min_quality={"wiki": 0.5}), "min_quality of source 'wiki'.*unscored"),
-        (stage("a", 999, 64, {"web": 1}, min_quality={"web": 0.8}), "min_quality of source 'web'.*0.75"),
+        (stage("a", 999, 64, {"web": 1}, min_quality={"web": 0.8}), "min_quality of source 'web'.*0, 0.25, 0.5, 0.75"),
+        (stage("a", 999, 64, {"low": 1}, min_quality={"low": 0.5}), "min_quality of source 'low'.*documents reach"),
         (stage("a", 999, 64, {"web": 100_003, "wiki": 7}), "shares of stage 'a' is 100010"),
         (
             stage("a", 999, 64, {"tiny": 1}),
@@ -178,7 +179,8 @@ def test_epochs_and_tails_are_counted_and_epochs_capped() -> None:
 )
 def test_what_cannot_be_planned_is_one_clear_error(config: StageConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        MixturePlan(make_run(config), {**SIZES, "tiny": {"q1": 64, "q2": 20}} if "tiny" in config.shares else SIZES)
+        more = {"tiny": {"q1": 64, "q2": 20}, "low": {"q0": 900, "q1": 900}}
+        MixturePlan(make_run(config), {**SIZES, **{name: more[name] for name in more if name in config.shares}})
 
 
 def test_the_hash_follows_what_changes_the_order_and_nothing_else() -> None:
@@ -216,6 +218,8 @@ def test_a_plan_is_a_small_pure_function_even_at_trillions_of_tokens() -> None:
         for slot in (0, 7, plan.windows_per_step(step) - 1):
             window = plan.window(step, slot)
             assert again.window(step, slot) == window
+            tokens = window.start_token + 1, window.start_token + window.length
+            assert plan.slots_of(window.source, window.bucket, *tokens) == [(step, slot)]
             assert window.start_token + window.length < sizes[window.source][window.bucket]
     for step, slot in ((run.num_steps, 0), (-1, 0), (0, plan.windows_per_step(0))):
         with pytest.raises(IndexError):

@@ -76,7 +76,8 @@ def test_an_unfinished_shard_leaves_no_final_name_and_is_cleaned_up(tmp_path: Pa
     assert not list(tmp_path.glob("shard-*"))
     store = make_store(tmp_path, [[[3]]])
     assert store.read(0, 1).tolist() == [3]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["manifest.json", "shard-00000.bin", "shard-00000.idx"]
+    made = ["manifest.json", "shard-00000.bin", "shard-00000.idx", "shard-00000.parquet"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == made
 
 
 def test_a_tokens_folder_opens_by_source_and_bucket(tmp_path: Path) -> None:

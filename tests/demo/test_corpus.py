@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from danube_ray.config import ConfigError
-from danube_ray.curate.extract import plan_splits
+from danube_ray.curate.sources import plan_splits
 from danube_ray.demo.corpus import CorpusFacts, collect
 from danube_ray.demo.docstrings import Symbol, read_module
 from danube_ray.demo.instructions import instruction_sets

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
+import inspect
+import json
+import logging
+import random
+import statistics
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from danube_ray.artifacts import ArtifactError
 from danube_ray.config import ConfigError
+from danube_ray.curate.settings import CurationSettings
 from danube_ray.data.documents import commit_splits, document_splits, tokenize_split, validation_bounds
+from danube_ray.data.provenance import documents_of
 from danube_ray.data.shards import open_sources, open_validation
 from danube_ray.data.tokenizer import Tokenizer
+from danube_ray.data.windows import MixtureReader
+from danube_ray.demo.docstrings import read_module
+from danube_ray.runtime.curation import curate
 from danube_ray.runtime.tokenization import tokenize, train_tokenizer_on
 from tests.data.documents import write_documents
+from tests.runtime.text import MODEL, small_run
 
 SIZES = {"books": [4], "web": [300, 200, 1], "wiki": [90, 60]}
 
@@ -81,6 +96,37 @@ def test_a_run_resumes_split_by_split_and_leaves_the_bytes_of_one_process(
     assert tokenize(documents, folder, out) == manifest
     assert content(out)["wiki/unscored/shard-00001.bin"] == expected["wiki/unscored/shard-00001.bin"]
     assert kept.stat().st_ino == before
+
+
+def pages(*modules: ModuleType) -> dict[str, str]:
+    """Pages of the modules' documentation, by name."""
+    return {name: text for m in modules for name, text in read_module(Path(str(m.__file__)), m.__name__).pages}
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_every_token_of_a_batch_leads_back_to_the_record_it_was_read_from(tmp_path: Path) -> None:
+    """Raw records, curation, shards, plan, batch; and from the batch by provenance to the records again."""
+    records = {"web": pages(argparse, logging), "docs": pages(inspect, statistics), "stdlib": pages(ast, random)}
+    for source, texts in records.items():
+        for part in range(2):
+            lines = [json.dumps({"text": text, "url": url}) + "\n" for url, text in sorted(texts.items())[part::2]]
+            (tmp_path / source).mkdir(exist_ok=True)
+            (tmp_path / source / f"{part}.jsonl").write_text("".join(lines))
+    settings = CurationSettings(
+        rule_sets=dict.fromkeys(records, "none"), languages=(), mask=(), max_code_share=1.0, split_bytes=1
+    )
+    curate({source: tmp_path / source for source in records}, tmp_path / "documents", settings)
+    tokenizer = train_tokenizer_on(tmp_path / "documents", tmp_path / "tokenizer", 500)
+    tokenize(tmp_path / "documents", tmp_path / "tokenizer", tmp_path / "tokens")
+    run = replace(small_run(tmp_path / "tokens", tmp_path, "run"), model=replace(MODEL, vocab_size=500))
+    reader, sources = MixtureReader(run), open_sources(tmp_path / "tokens")
+    for step in range(reader.num_steps):
+        rows: list[list[int]] = [[] for _ in range(reader.plan.windows_per_step(step))]
+        for passage in documents_of(reader.plan, sources, step):
+            ids = tokenizer.encode_documents([records[passage.source][passage.url]])[0].tolist()
+            rows[passage.slot] += ids[passage.document_token :][: passage.tokens]
+        assert rows == reader(step, 0, 1)["tokens"].tolist()
 
 
 def test_what_cannot_be_tokenized_fails_before_any_work(documents: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
