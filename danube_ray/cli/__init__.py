@@ -21,6 +21,8 @@ from danube_ray.cli.data import curate, tokenize, tokenizer
 from danube_ray.cli.inspect import inspect
 from danube_ray.cli.models import chat, evaluate, quantize, remap, serve
 from danube_ray.cli.planning import doctor, plan
+from danube_ray.cli.quality import quality
+from danube_ray.cli.trace import trace
 from danube_ray.cli.training import dpo, export, pretrain, search, sft
 from danube_ray.config import ConfigError, require
 from danube_ray.presets import PRESETS
@@ -66,6 +68,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "presets": presets,
     "curate": curate,
     "inspect": inspect,
+    "quality": quality,
     "tokenizer": tokenizer,
     "tokenize": tokenize,
     "plan": plan,
@@ -81,11 +84,15 @@ VERBS: dict[str, Callable[..., None]] = {
     "chat": chat,
     "report": report,
     "compare": compare,
+    "trace": trace,
     "doctor": doctor,
 }
 
 
 def run_verb(name: str, arguments: list[str]) -> None:
+    if name == "quality":  # the one verb with verbs of its own
+        quality(arguments)
+        return
     if name not in PRESET_VERBS:
         tyro.cli(VERBS[name], args=arguments, prog=f"danube {name}")
         return

@@ -9,8 +9,7 @@ import tyro
 from rich.table import Table
 
 from danube_ray.cli.console import Positional, console, named_places
-from danube_ray.config import require
-from danube_ray.curate.settings import CurationSettings
+from danube_ray.config import CurationConfig, require
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 def curate(
     sources: Positional[tuple[str, ...]],
-    settings: Annotated[CurationSettings, tyro.conf.arg(name="")],
+    settings: Annotated[CurationConfig, tyro.conf.arg(name="")],
     out: Path = Path("data/documents"),
 ) -> None:
     """Clean raw text into documents: rules and models with reasons, duplicates, a quarantine for what can't be read.

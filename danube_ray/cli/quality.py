@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import tyro
+
 from danube_ray.cli.console import Positional, console, named_places
 
 
@@ -64,3 +66,8 @@ def show(folder: Positional[Path] = Path("data/quality")) -> None:
 
 
 VERBS: dict[str, Callable[..., None]] = {"train": train, "show": show}
+
+
+def quality(arguments: list[str]) -> None:
+    """Train the models that tell good text from raw (`danube quality train`), or show their card."""
+    tyro.extras.subcommand_cli_from_dict(VERBS, args=arguments, prog="danube quality", description=quality.__doc__)

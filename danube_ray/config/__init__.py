@@ -10,8 +10,10 @@ import dataclasses
 from typing import Any
 
 from danube_ray.config.check import ConfigError, require, require_positive, valid_name
+from danube_ray.config.curation import CurationConfig, Extraction
 from danube_ray.config.finetuning import DpoConfig, EncoderConfig, FinetuneConfig, LoraConfig
 from danube_ray.config.model import BOS_ID, EOS_ID, UNK_ID, ModelConfig
+from danube_ray.config.rules import NO_RULES, RULE_SETS, RULES, SIGNALS, WEB_RULES, HeuristicRules, LineRules
 from danube_ray.config.run import RunConfig, StageConfig
 from danube_ray.config.training import (
     FP8_SCALINGS,
@@ -28,6 +30,8 @@ __all__ = [
     "require",
     "require_positive",
     "valid_name",
+    "CurationConfig",
+    "Extraction",
     "DpoConfig",
     "EncoderConfig",
     "FinetuneConfig",
@@ -36,6 +40,13 @@ __all__ = [
     "EOS_ID",
     "UNK_ID",
     "ModelConfig",
+    "NO_RULES",
+    "RULE_SETS",
+    "RULES",
+    "SIGNALS",
+    "WEB_RULES",
+    "HeuristicRules",
+    "LineRules",
     "RunConfig",
     "StageConfig",
     "FP8_SCALINGS",

@@ -16,7 +16,7 @@ from danube_ray.config import require
 QUESTION_FIELDS = ("question", "problem", "prompt", "instruction", "goal", "query", "ctx", "sentence", "premise")
 QUESTION_FIELDS += ("stem", "turns", "text", "input", "doc")
 SUFFIXES = (".jsonl", ".json", ".tsv", ".csv", ".parquet")
-SETTING = "CurationSettings.benchmarks"
+SETTING = "CurationConfig.benchmarks"
 MAX_FIELD_CHARS = 2**24
 
 

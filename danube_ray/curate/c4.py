@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from danube_ray.config import require
+from danube_ray.config import LineRules
 from danube_ray.curate.words import Words
 
 CITATION = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]")
@@ -13,31 +13,6 @@ CLOSING = (".", "?", "!", '"', "'")
 CUT_OFF = "..."
 PLACEHOLDER, SCRIPT, BRACKET = "lorem ipsum", "javascript", "{"
 POLICIES = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LineRules:
-    """Which lines are the body of a document: what C4's and FineWeb's rules look at.
-
-    rewrite: whether the document is cut down to its body, or stays as it is.
-    min_words: lines with fewer words (between white space) are left out, and
-    max_word_chars: those with a longer one.
-    closed: so are lines that don't end in closing punctuation, or are cut off by an ellipsis. FineWeb leaves that out.
-    scripts, policies: so are lines that mention JavaScript, or terms of use and cookies.
-    citations: marks of citations and edits, `[1]`, `[edit]`, are cut out of lines.
-    """
-
-    rewrite: bool = True
-    min_words: int = 3
-    max_word_chars: int = 1_000
-    closed: bool = False
-    scripts: bool = True
-    policies: bool = True
-    citations: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("min_words", "max_word_chars"):
-            require(getattr(self, name) >= 1, f"LineRules.{name}", getattr(self, name), "1 or more")
 
 
 @dataclass(frozen=True)

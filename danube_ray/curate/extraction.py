@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import re
 
-from danube_ray.curate.records import Extraction, Unusable
+from danube_ray.config import Extraction
+from danube_ray.curate.records import Unusable
 
 # Both libraries take quadratic time over some pages: tens of seconds, and more, above these counts. They are counted,
 # and no clock is asked, so that a page has the same fate on every machine. Of 1,032 real pages the largest has 19,629

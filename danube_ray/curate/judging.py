@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
+from danube_ray.config import CurationConfig, HeuristicRules
 from danube_ray.curate.decontaminate import BenchmarkIndex, Match
-from danube_ray.curate.heuristics import HeuristicRules, judge
+from danube_ray.curate.heuristics import judge
 from danube_ray.curate.language import identify
 from danube_ray.curate.lists import UrlList, WordList
 from danube_ray.curate.pii import mask
 from danube_ray.curate.quality import QualityModel
 from danube_ray.curate.records import Document
-from danube_ray.curate.settings import CurationSettings
 from danube_ray.curate.source_code import code_share
 from danube_ray.curate.words import Words, tokenize
 
@@ -55,7 +55,7 @@ class Judging:
     """What the tasks of a run share. Equal where `inputs` are: the hash of all that decides, files' contents too."""
 
     inputs: str
-    settings: CurationSettings = field(compare=False)
+    settings: CurationConfig = field(compare=False)
     benchmark_index: Path | None = field(compare=False, default=None)
 
 
@@ -69,7 +69,7 @@ def judge_for(judging: Judging, source: str) -> Judge:
 class Judge:
     """Judges a source's documents, some hundred at a time, as the quality model takes them."""
 
-    def __init__(self, settings: CurationSettings, rules: HeuristicRules, index: BenchmarkIndex | None) -> None:
+    def __init__(self, settings: CurationConfig, rules: HeuristicRules, index: BenchmarkIndex | None) -> None:
         self.settings, self.rules, self.index = settings, rules, index
         self.urls = UrlList.load(settings.blocked_urls) if settings.blocked_urls else None
         self.blocked_words = WordList.load(settings.blocked_words) if settings.blocked_words else None

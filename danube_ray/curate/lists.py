@@ -24,7 +24,7 @@ from danube_ray.curate.words import WORD, Words
 COMMENT = re.compile(r"(?:^|\s)#.*")
 PLAIN_HOST = re.compile(r"[a-z0-9-]+(?:\.[a-z0-9-]+)+")
 WEB_SCHEMES = frozenset({"http", "https", "ftp", ""})
-URLS, WORDS = "CurationSettings.blocked_urls", "CurationSettings.blocked_words"
+URLS, WORDS = "CurationConfig.blocked_urls", "CurationConfig.blocked_words"
 MAX_HOST_CHARS = 253  # of DNS
 MAX_PATH_DEPTH = 64
 # Between the words of a phrase.

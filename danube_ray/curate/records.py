@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from danube_ray.artifacts import content_hash
-
-Extraction = Literal["trafilatura", "resiliparse"]
+from danube_ray.config import Extraction
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from danube_ray.config import ConfigError
-from danube_ray.curate.heuristics import WEB_RULES
+from danube_ray.config import WEB_RULES, ConfigError
 from danube_ray.curate.words import Words, words_of
 
 if TYPE_CHECKING:

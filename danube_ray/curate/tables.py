@@ -11,7 +11,7 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from danube_ray.curate.heuristics import SIGNALS
+from danube_ray.config import SIGNALS
 
 # Signals of a document beside those of the rules; `quality` is a column of its own.
 OTHER_SIGNALS = ("language_score", "code_share")

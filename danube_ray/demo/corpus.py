@@ -27,10 +27,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 from danube_ray.artifacts import write_atomically
-from danube_ray.config import require
-from danube_ray.curate.c4 import LineRules
-from danube_ray.curate.heuristics import HeuristicRules
-from danube_ray.curate.settings import CurationSettings
+from danube_ray.config import CurationConfig, HeuristicRules, LineRules, require
 from danube_ray.demo.docstrings import Documentation, read_module
 from danube_ray.demo.instructions import instruction_sets, stable_number
 
@@ -66,7 +63,7 @@ DOCUMENTATION_RULES = HeuristicRules(
     lines=LineRules(rewrite=False),
 )
 # Documentation is full of code, and of module texts that resemble each other.
-DOCUMENTATION_SETTINGS = CurationSettings(rules=DOCUMENTATION_RULES, languages=(), max_code_share=1, min_jaccard=0.9)
+DOCUMENTATION_SETTINGS = CurationConfig(rules=DOCUMENTATION_RULES, languages=(), max_code_share=1, min_jaccard=0.9)
 
 Text = tuple[str, str]
 

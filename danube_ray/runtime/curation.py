@@ -29,12 +29,11 @@ from danube_ray.artifacts import (
     work_folder,
     write_json,
 )
-from danube_ray.config import require, to_dict
+from danube_ray.config import CurationConfig, require, to_dict
 from danube_ray.curate.decontaminate import BenchmarkIndex
 from danube_ray.curate.judging import Judging
 from danube_ray.curate.quality import QualityModel
 from danube_ray.curate.records import Part, Split
-from danube_ray.curate.settings import CurationSettings
 from danube_ray.curate.sources import plan_splits
 from danube_ray.curate.splits import finish_split, judge_split, judged_path
 from danube_ray.curate.tables import CONTAMINATION, TableWriter
@@ -55,7 +54,7 @@ Counts = dict[str, dict[str, Any]]
 def curate(
     sources: Mapping[str, str | Path],
     out: Path,
-    settings: CurationSettings | None = None,
+    settings: CurationConfig | None = None,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """Judge every record of `sources`, drop duplicates, and leave the folder `out`; returns its manifest.
@@ -67,7 +66,7 @@ def curate(
     Raises ConfigError before any work, and ArtifactError when more than `max_quarantine_share` of a source can't be
     read.
     """
-    settings, out = settings or CurationSettings(), out.resolve()
+    settings, out = settings or CurationConfig(), out.resolve()
     require(bool(sources), "sources", dict(sources), "at least one")
     for source in settings.rule_sets:
         require(source in sources, "rule_sets", source, f"one of the sources {', '.join(sources)}")
@@ -227,7 +226,7 @@ def _unpacked(fields: dict[str, Any]) -> Split:
     return Split(fields["source"], fields["root"], tuple(Part(**part) for part in fields["parts"]))
 
 
-def _what_decides(settings: CurationSettings, index: BenchmarkIndex | None) -> dict[str, Any]:
+def _what_decides(settings: CurationConfig, index: BenchmarkIndex | None) -> dict[str, Any]:
     """All that the result depends on beside the splits: settings, and the contents of the files they name."""
     free = ("split_bytes", "max_quarantine_share", "blocked_urls", "blocked_words", "quality_model", "benchmarks")
     model = settings.quality_model
@@ -240,7 +239,7 @@ def _what_decides(settings: CurationSettings, index: BenchmarkIndex | None) -> d
     }
 
 
-def _plain(settings: CurationSettings, sources: Iterable[str]) -> dict[str, Any]:
+def _plain(settings: CurationConfig, sources: Iterable[str]) -> dict[str, Any]:
     """Settings for the manifest: the rules by source, and paths as text."""
     plain = to_dict(settings)
     plain["rules"] = {source: to_dict(settings.rules_of(source)) for source in sources}

@@ -13,7 +13,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from danube_ray.curate.settings import CurationSettings
+from danube_ray.config import CurationConfig
 from danube_ray.runtime.curation import curate
 from danube_ray.runtime.session import session
 from tests.benchmarks.curation_scaling import SPLIT_BYTES, write_corpus
@@ -53,7 +53,7 @@ class Peak:
 def measure(corpus: Path, out: Path) -> None:
     """In a process of its own: curate, and print the counts and the peaks."""
     with Peak() as peak, session():
-        counts = curate({"text": corpus}, out, CurationSettings(split_bytes=SPLIT_BYTES), peak.on_progress)["counts"]
+        counts = curate({"text": corpus}, out, CurationConfig(split_bytes=SPLIT_BYTES), peak.on_progress)["counts"]
     number = {name: counts["text"][name] for name in ("read", "kept", "dropped", "quarantined")}
     print(json.dumps({"documents": number, "peak_mib_by_step": peak.mib}))
 

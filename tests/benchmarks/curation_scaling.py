@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from danube_ray.artifacts import read_json
-from danube_ray.curate.settings import CurationSettings
+from danube_ray.config import CurationConfig
 from danube_ray.runtime.curation import THROUGHPUT, curate
 from danube_ray.runtime.session import session
 from tests.benchmarks import texts
@@ -69,7 +69,7 @@ def judge(corpus: Path, cpus: int) -> dict[str, float]:
         out = Path(folder) / "documents"
         with session(num_cpus=cpus):
             started = time.perf_counter()
-            curate({"text": corpus}, out, CurationSettings(split_bytes=SPLIT_BYTES), on_progress)
+            curate({"text": corpus}, out, CurationConfig(split_bytes=SPLIT_BYTES), on_progress)
         (row,) = [row for row in read_json(out / THROUGHPUT) if row["step"] == "judge"]
     return {
         "splits_per_s": (len(done_at) - cpus) / (done_at[-1] - done_at[cpus - 1]),

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from danube_ray.curate.heuristics import NO_RULES, judge
+from danube_ray.config import NO_RULES
+from danube_ray.curate.heuristics import judge
 from danube_ray.curate.quality.building import write_base, write_graph
 from danube_ray.curate.quality.encoder import OnnxRunner, Runner, TorchRunner
 from danube_ray.curate.quality.fitting import fit

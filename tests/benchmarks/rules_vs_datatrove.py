@@ -26,7 +26,8 @@ from datatrove.pipeline.filters import (
     GopherRepetitionFilter,
 )
 
-from danube_ray.curate.heuristics import WEB_RULES, judge, measure
+from danube_ray.config import WEB_RULES
+from danube_ray.curate.heuristics import judge, measure
 from danube_ray.curate.reference import DATATROVE_REASONS, REFERENCE_RULES, SpacySplitter
 from tests.benchmarks import texts
 from tests.benchmarks.pairs import compare, record, share_interval

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import zstandard
 
+from danube_ray.config import Extraction
 from danube_ray.curate.readers import Reading, read_split
-from danube_ray.curate.records import Document, Extraction, Quarantined, Record, Skipped
+from danube_ray.curate.records import Document, Quarantined, Record, Skipped
 from danube_ray.curate.sources import plan_splits
 
 LIMIT = 1_000

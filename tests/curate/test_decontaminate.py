@@ -163,7 +163,7 @@ def test_rows_of_many_forms(tmp_path):
 def test_files_without_questions_are_refused(tmp_path, name, content):
     if content is not None and name:
         (tmp_path / name).write_text(content)
-    with pytest.raises(ConfigError, match=r"CurationSettings\.benchmarks"):
+    with pytest.raises(ConfigError, match=r"CurationConfig\.benchmarks"):
         BenchmarkIndex.build({"math": tmp_path / name})
 
 

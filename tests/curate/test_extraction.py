@@ -9,9 +9,10 @@ import tarfile
 
 import pytest
 
+from danube_ray.config import Extraction
 from danube_ray.curate import extraction
 from danube_ray.curate.extraction import decode_page, extract
-from danube_ray.curate.records import Extraction, Unusable
+from danube_ray.curate.records import Unusable
 from tests.curate.reading import page
 
 BOTH: list[Extraction] = ["trafilatura", "resiliparse"]

@@ -7,9 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from danube_ray.config import ConfigError
-from danube_ray.curate.c4 import LineRules
-from danube_ray.curate.heuristics import RULE_SETS, RULES, SIGNALS, WEB_RULES, HeuristicRules, judge, measure
+from danube_ray.config import RULE_SETS, RULES, SIGNALS, WEB_RULES, ConfigError, HeuristicRules, LineRules
+from danube_ray.curate.heuristics import judge, measure
 from danube_ray.curate.words import tokenize
 
 # Prose that passes every rule: 12 sentences without a repeated line or phrase.

@@ -6,12 +6,10 @@ import json
 
 import pytest
 
-from danube_ray.config import ConfigError
+from danube_ray.config import RULE_SETS, SIGNALS, ConfigError, CurationConfig
 from danube_ray.curate.decontaminate import BenchmarkIndex
-from danube_ray.curate.heuristics import RULE_SETS, SIGNALS
 from danube_ray.curate.judging import Judge, Judged, Judging, judge_for
 from danube_ray.curate.records import Document
-from danube_ray.curate.settings import CurationSettings
 from danube_ray.curate.tables import OTHER_SIGNALS
 from tests.curate.test_heuristics import PROSE
 
@@ -24,7 +22,7 @@ GERMAN = "Der Leuchtturm steht seit mehr als hundert Jahren an der Küste, und s
 
 
 def judged(text: str, url: str = "https://example.org/page", index: BenchmarkIndex | None = None, **settings) -> Judged:
-    chosen = CurationSettings(**settings)
+    chosen = CurationConfig(**settings)
     [one] = Judge(chosen, chosen.rules_of("web"), index)([Document(text, url)])
     return one
 
@@ -68,7 +66,7 @@ def test_personal_data_is_masked_and_the_words_follow_the_text():
 
 
 def test_a_process_makes_a_judge_once_for_equal_inputs():
-    settings = CurationSettings(rule_sets={"books": "prose"})
+    settings = CurationConfig(rule_sets={"books": "prose"})
     web = judge_for(Judging("a", settings), "web")
     assert judge_for(Judging("a", settings), "web") is web
     assert judge_for(Judging("b", settings), "web") is not web
@@ -77,4 +75,4 @@ def test_a_process_makes_a_judge_once_for_equal_inputs():
 
 def test_a_set_of_rules_that_does_not_exist_is_refused():
     with pytest.raises(ConfigError, match="rule_sets is .*bookish.*, allowed is by source one of"):
-        CurationSettings(rule_sets={"books": "bookish"})
+        CurationConfig(rule_sets={"books": "bookish"})

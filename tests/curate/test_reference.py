@@ -11,8 +11,8 @@ import pytest
 from datatrove.utils.text import PUNCTUATION_SET, TERMINAL_PUNCTUATION
 from trafilatura import html2txt
 
-from danube_ray.config import ConfigError
-from danube_ray.curate.heuristics import RULES, WEB_RULES, judge
+from danube_ray.config import RULES, WEB_RULES, ConfigError
+from danube_ray.curate.heuristics import judge
 from danube_ray.curate.punctuation import CLOSING, SYMBOLS
 from danube_ray.curate.reference import DATATROVE_REASONS, SpacySplitter
 from tests.benchmarks.rules_vs_datatrove import Datatrove, with_spacy

@@ -10,17 +10,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from danube_ray.config import CurationConfig
 from danube_ray.curate import splits as steps
 from danube_ray.curate.judging import Judging
 from danube_ray.curate.records import Split
-from danube_ray.curate.settings import CurationSettings
 from danube_ray.curate.sources import plan_splits
 from danube_ray.curate.splits import decided_path, document_id, finish_split, judge_split, read_qualities
 from danube_ray.curate.tables import DOCUMENTS, DROPPED, DUPLICATES, QUARANTINE, SCORED, TableWriter
 from tests.curate.test_heuristics import PROSE
 
 TEXTS = [f"Part {number}. {PROSE}" for number in range(4)]
-JUDGING = Judging("inputs", CurationSettings(near_duplicates=False))
+JUDGING = Judging("inputs", CurationConfig(near_duplicates=False))
 SHORT = "min_words"
 OF_2 = {"row": 2, "duplicate_of": "ab" * 16, "reason": "duplicate", "similarity": 1.0}
 

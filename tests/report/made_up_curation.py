@@ -12,8 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from danube_ray.artifacts import commit, write_json
-from danube_ray.config import to_dict
-from danube_ray.curate.heuristics import SIGNALS, WEB_RULES
+from danube_ray.config import SIGNALS, WEB_RULES, to_dict
 from danube_ray.curate.tables import CONTAMINATION, DOCUMENTS, DROPPED, QUARANTINE, TableWriter
 
 Row = dict[str, Any]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from danube_ray.artifacts import ArtifactError, commit, read_json, write_json
-from danube_ray.curate.heuristics import HeuristicRules
+from danube_ray.config import HeuristicRules
 from danube_ray.curate.tables import CONTAMINATION, DOCUMENTS, DROPPED, QUARANTINE, TableWriter
 from danube_ray.report import curated as reading
 from danube_ray.report import samples, write_report

@@ -15,8 +15,7 @@ import pytest
 import ray
 
 from danube_ray.artifacts import ArtifactError, damage, read_manifest
-from danube_ray.config import ConfigError
-from danube_ray.curate.settings import CurationSettings
+from danube_ray.config import ConfigError, CurationConfig
 from danube_ray.runtime import curation
 from danube_ray.runtime.curation import curate
 from tests.curate.test_heuristics import PROSE
@@ -27,14 +26,13 @@ SMALL = {"split_bytes": 1, "near_duplicates": False}
 DIES_AFTER = """
 import os, signal, sys
 from pathlib import Path
-from danube_ray.curate.settings import CurationSettings
 from danube_ray.runtime.curation import curate
 
 def die(step, done, total):
     if (step, done) == (sys.argv[3], int(sys.argv[4])):
         os.kill(os.getpid(), signal.SIGKILL)
 
-settings = CurationSettings(split_bytes=1, near_duplicates=False)
+settings = CurationConfig(split_bytes=1, near_duplicates=False)
 curate({"web": sys.argv[1]}, Path(sys.argv[2]), settings, die)
 """
 
@@ -72,7 +70,7 @@ def test_counts_add_up_and_the_first_source_keeps_a_duplicate(ray_session, tmp_p
     manifest = curate(
         {"docs": docs, "web": tmp_path / "web"},
         tmp_path / "out",
-        CurationSettings(rule_sets={"docs": "none"}, max_quarantine_share=0.2, **SMALL),
+        CurationConfig(rule_sets={"docs": "none"}, max_quarantine_share=0.2, **SMALL),
         lambda *step: steps.append(step),
     )
     counts = manifest["counts"]
@@ -109,7 +107,7 @@ def web(tmp_path) -> Path:
 @pytest.mark.ray
 @pytest.mark.parametrize("step", ["judge", "finish"])
 def test_killed_and_started_again_it_leaves_the_same_bytes(ray_session, web, tmp_path, step):
-    settings, kill_after = CurationSettings(**SMALL), 3
+    settings, kill_after = CurationConfig(**SMALL), 3
     curate({"web": web}, tmp_path / "whole", settings)
     out = tmp_path / "killed"
     address = ray.get_runtime_context().gcs_address
@@ -145,13 +143,13 @@ def test_too_much_quarantine_fails_and_a_larger_share_goes_on(ray_session, web, 
     with pytest.raises(ArtifactError, match=r"5 of 41 records of source 'web' can't be read \(5 malformed JSON\)"):
         curate({"web": web}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    generous = CurationSettings(max_quarantine_share=0.5)
+    generous = CurationConfig(max_quarantine_share=0.5)
     assert curate({"web": web}, tmp_path / "out", generous)["counts"]["web"]["quarantined"] == 5
 
 
 @pytest.mark.ray
 def test_a_finished_folder_is_left_alone_until_its_input_changes(ray_session, web, tmp_path, monkeypatch):
-    out, settings = tmp_path / "out", CurationSettings(**SMALL)
+    out, settings = tmp_path / "out", CurationConfig(**SMALL)
     manifest = curate({"web": web}, out, settings)
     before = contents(out)
     with monkeypatch.context() as patch:
@@ -191,9 +189,9 @@ def test_a_wrong_setting_is_refused_before_any_work(web, tmp_path, monkeypatch):
             curate(*arguments)
     for settings in ({"max_quarantine_share": 2}, {"split_bytes": 0}, {"max_document_bytes": 0}, {"min_quality": 0.5}):
         with pytest.raises(ConfigError, match=next(iter(settings))):
-            CurationSettings(**settings)
+            CurationConfig(**settings)
     with pytest.raises(ConfigError, match="rule_sets is 'books', allowed is one of the sources web"):
-        curate({"web": web}, tmp_path / "out", CurationSettings(rule_sets={"books": "prose"}))
+        curate({"web": web}, tmp_path / "out", CurationConfig(rule_sets={"books": "prose"}))
     assert not (tmp_path / "out").exists()
     assert (full / "mine.jsonl").is_file()
 
@@ -219,7 +217,7 @@ def test_planted_evaluation_items_go_and_nothing_else_does(ray_session, shared_d
     planted = [f"{abstract}\n{question}" for abstract, question in zip(abstracts, questions, strict=False)]
     write_rows(tmp_path / "papers.jsonl", *abstracts, *planted)
 
-    settings = CurationSettings(rule_sets={"papers": "none"}, near_duplicates=False, max_code_share=1)
+    settings = CurationConfig(rule_sets={"papers": "none"}, near_duplicates=False, max_code_share=1)
     plain = curate({"papers": tmp_path / "papers.jsonl"}, tmp_path / "plain", settings)
     assert plain["counts"]["papers"]["kept"] > 300
     clean = curate(

@@ -16,8 +16,7 @@ from types import ModuleType
 import pytest
 
 from danube_ray.artifacts import ArtifactError
-from danube_ray.config import ConfigError
-from danube_ray.curate.settings import CurationSettings
+from danube_ray.config import ConfigError, CurationConfig
 from danube_ray.data.documents import commit_splits, document_splits, tokenize_split, validation_bounds
 from danube_ray.data.provenance import documents_of
 from danube_ray.data.shards import open_sources, open_validation
@@ -113,7 +112,7 @@ def test_every_token_of_a_batch_leads_back_to_the_record_it_was_read_from(tmp_pa
             lines = [json.dumps({"text": text, "url": url}) + "\n" for url, text in sorted(texts.items())[part::2]]
             (tmp_path / source).mkdir(exist_ok=True)
             (tmp_path / source / f"{part}.jsonl").write_text("".join(lines))
-    settings = CurationSettings(
+    settings = CurationConfig(
         rule_sets=dict.fromkeys(records, "none"), languages=(), mask=(), max_code_share=1.0, split_bytes=1
     )
     curate({source: tmp_path / source for source in records}, tmp_path / "documents", settings)

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from danube_ray.artifacts import ArtifactError
+from danube_ray.config import NO_RULES
 from danube_ray.curate.dedup import band_keys, fingerprint, forest, star_pairs
-from danube_ray.curate.heuristics import NO_RULES, judge
+from danube_ray.curate.heuristics import judge
 from danube_ray.curate.language import identify
 from danube_ray.curate.quality.gbm import FEATURES, as_table
 from danube_ray.curate.quality.linear import buckets

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from danube_ray.curate.heuristics import NO_RULES, judge
+from danube_ray.config import NO_RULES
+from danube_ray.curate.heuristics import judge
 from danube_ray.curate.quality.calibration import Band, Platt, calibrate, least_certain
 from danube_ray.curate.quality.encoder import Encoder
 from danube_ray.curate.quality.examples import Passages

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from danube_ray.curate.heuristics import SIGNALS
+from danube_ray.config import SIGNALS
 from danube_ray.curate.quality import linear
 from danube_ray.curate.quality.linear import LinearModel
 from danube_ray.curate.quality.settings import QualitySettings

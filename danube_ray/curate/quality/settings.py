@@ -6,9 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from danube_ray.config import require, require_positive
-from danube_ray.curate.heuristics import WEB_RULES, HeuristicRules
-from danube_ray.curate.records import Extraction
+from danube_ray.config import WEB_RULES, Extraction, HeuristicRules, require, require_positive
 
 COMMIT_HASH_CHARS = 40
 
@@ -51,7 +49,7 @@ class EncoderSettings:
 class QualitySettings:
     """How documents become labelled passages, and how both models are trained on them.
 
-    languages, min_language_score, extraction, split_bytes, max_document_bytes: as in `CurationSettings`, so that the
+    languages, min_language_score, extraction, split_bytes, max_document_bytes: as in `CurationConfig`, so that the
         models see what curation will show them.
     rules: those that curation will use; they part nothing here, but the card says how well the models do on what
         passes them.

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from danube_ray.curate.heuristics import NO_RULES, judge
+from danube_ray.config import NO_RULES
+from danube_ray.curate.heuristics import judge
 from danube_ray.curate.quality.examples import Passages
 from danube_ray.curate.quality.gbm import as_table
 from danube_ray.curate.quality.linear import buckets

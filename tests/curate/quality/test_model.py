@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from danube_ray.artifacts import ArtifactError, commit
-from danube_ray.config import ConfigError
-from danube_ray.curate.heuristics import NO_RULES, judge
+from danube_ray.config import NO_RULES, ConfigError
+from danube_ray.curate.heuristics import judge
 from danube_ray.curate.quality import QualityModel, QualitySettings
 from danube_ray.curate.quality.fitting import fit, for_encoder, log_odds, measure, some_of_each
 from danube_ray.curate.quality.gbm import FEATURES, class_weights, out_of_fold_scores

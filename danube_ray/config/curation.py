@@ -1,4 +1,4 @@
-"""What curation does, as `danube curate` takes it: every setting of a run beside its sources."""
+"""How a curation reads, judges and deduplicates: every setting beside its sources."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from danube_ray.config import require
-from danube_ray.curate.heuristics import RULE_SETS, WEB_RULES, HeuristicRules
-from danube_ray.curate.records import Extraction
+from danube_ray.config.check import require
+from danube_ray.config.rules import RULE_SETS, WEB_RULES, HeuristicRules
 
+Extraction = Literal["trafilatura", "resiliparse"]
 Masked = Literal["email", "ip", "phone"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CurationSettings:
+class CurationConfig:
     """How documents are read, judged and parted from their duplicates."""
 
     # What a document must be like, where `rule_sets` names no set of rules for its source.
@@ -55,20 +55,20 @@ class CurationSettings:
     def __post_init__(self) -> None:
         for name in ("min_language_score", "max_code_share", "min_quality", "min_jaccard", "max_quarantine_share"):
             value = getattr(self, name)
-            require(0 <= value <= 1, f"CurationSettings.{name}", value, "between 0 and 1")
+            require(0 <= value <= 1, f"CurationConfig.{name}", value, "between 0 and 1")
         for name in ("split_bytes", "max_document_bytes"):
-            require(getattr(self, name) > 0, f"CurationSettings.{name}", getattr(self, name), "greater than 0")
+            require(getattr(self, name) > 0, f"CurationConfig.{name}", getattr(self, name), "greater than 0")
         needs_model = "train one with `danube quality train`, and name it in quality_model"
         require(
             self.min_quality == 0 or self.quality_model is not None,
-            "CurationSettings.min_quality",
+            "CurationConfig.min_quality",
             self.min_quality,
             "0 without a quality model",
             needs_model,
         )
         require(
             all(name in RULE_SETS for name in self.rule_sets.values()),
-            "CurationSettings.rule_sets",
+            "CurationConfig.rule_sets",
             self.rule_sets,
             f"by source one of {', '.join(RULE_SETS)}",
         )
