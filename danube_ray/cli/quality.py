@@ -19,6 +19,7 @@ def train(
     revision: str | None = None,
     without_encoder: bool = False,
     encoder_share: float = 0.2,
+    always_ask_encoder: bool = False,
 ) -> None:
     """Train models that tell good text from raw, for `danube curate --quality-model`, with a card of what they know.
 
@@ -30,7 +31,8 @@ def train(
         encoder: a local folder of a BERT, or a hub id with --revision; left out, a small one is trained from nothing.
         revision: the commit of the hub's repository.
         without_encoder: train the gradient-boosted model alone.
-        encoder_share: the part of raw text that the encoder judges.
+        encoder_share: the part of raw text that the encoder judges, where the other model is least sure.
+        always_ask_encoder: ask it there even if it turns out no better than the other model.
     """
     from rich.progress import Progress as Bars
 
@@ -38,7 +40,12 @@ def train(
     from danube_ray.runtime import quality
 
     chosen = None if without_encoder else EncoderSettings(base=encoder, revision=revision)
-    settings = QualitySettings(languages=languages, encoder=chosen, encoder_share=encoder_share)
+    settings = QualitySettings(
+        languages=languages,
+        encoder=chosen,
+        encoder_share=encoder_share,
+        always_ask_encoder=always_ask_encoder,
+    )
     with Bars(console=console, transient=True) as bars:
         bar = bars.add_task("reading", total=None)
         quality.train(

@@ -16,9 +16,9 @@ class StageConfig:
     """One stage of pretraining: how many tokens, at what sequence length, from which sources.
 
     `shares` are integer weights of the sources' windows (`{"web": 906, "wiki": 94}` is 90.6 % web).
-    `min_quality` leaves out a source's documents scored below it (0 to 1). A stage may train with another attention
-    window than the model's (None: none at all), another RoPE base, or a multiple of the schedule's learning rate; the
-    exported model has the last stage's window and base.
+    `min_quality` leaves out a source's documents scored below it: 0, 0.25, 0.5 or 0.75, as token shards are parted. A
+    stage may train with another attention window than the model's (None: none at all), another RoPE base, or a multiple
+    of the schedule's learning rate; the exported model has the last stage's window and base.
     """
 
     name: str

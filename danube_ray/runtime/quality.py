@@ -91,7 +91,7 @@ def train(
         model, encoder = fit(passages, settings), None
         if settings.encoder is not None:
             encoder = _train_encoder(passages, settings, work, made / ENCODER, progress)
-            model = calibrate_encoder(model, encoder, passages)
+            model = calibrate_encoder(model, encoder, passages, settings)
     model.save(made)
     report("measuring", 0, 1)
     facts = _facts(model, encoder, passages, settings, labels, _by_source(splits, counts))

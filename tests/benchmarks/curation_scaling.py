@@ -139,14 +139,12 @@ def main(rounds: int = ROUNDS) -> None:
         rates = f"{run['bytes'] / 2**20 / run['judge_s']:.2f} MiB/s, {run['documents'] / run['judge_s']:,.0f} docs/s"
         whole = f"the whole run {run['whole_s']:.1f} s, of it Ray's start {run['ray_start_s']:.1f} s"
         print(f"{name}: judge {run['judge_s']:.1f} s, {rates}; {whole}")
-    shared = "other jobs ran on the machine; the busy loops beside each run measure what it had left"
     record(
         "curation_scaling",
         {
             **{f"{name}_ratio": ratio for name, ratio in ratios.items()},
             "cpus": cpus,
             "rounds": measured,
-            "note": shared,
         },
     )
 

@@ -37,7 +37,7 @@ def main() -> None:
     texts = load()
     speed = compare_speed(texts)
     found = find_planted(texts)
-    record("minhash_vs_datatrove", {"timed": "CPU time, on a machine shared with other work", **speed, **found})
+    record("minhash_vs_datatrove", {"timed": "processor time, one core each", **speed, **found})
 
 
 def compare_speed(texts: list[str]) -> dict[str, object]:

@@ -71,7 +71,12 @@ def compare(
 
 def record(name: str, result: dict[str, Any]) -> Path:
     """Write a result with the machine it was measured on to `results/NAME.json`."""
-    machine = {"processor": processor(), "cpus": os.cpu_count(), "python": platform.python_version()}
+    machine = {
+        "processor": processor(),
+        "cpus": os.cpu_count(),
+        "load_average_15_min": os.getloadavg()[2],  # what else ran shows in it
+        "python": platform.python_version(),
+    }
     plain = {key: asdict(value) if isinstance(value, Ratio) else value for key, value in result.items()}
     path = RESULTS / f"{name}.json"
     write_json(path, {**plain, "machine": machine, "provenance": provenance()})

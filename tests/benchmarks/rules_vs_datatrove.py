@@ -119,7 +119,7 @@ def main(pairs: int = 40, documents: Path | None = None) -> None:
             "disagreements": dict(apart.most_common()),
             "same_with_spacy": sum(same),
             "versions": {name: version(name) for name in ("datatrove", "spacy", "numpy")},
-            "conditions": "one core each by processor time; the machine was shared with other work",
+            "timed": "processor time, one core each",
         },
     )
     assert all(same), "the reference mode decides otherwise than datatrove"

@@ -20,7 +20,9 @@ from danube_ray.runtime import quality
 from danube_ray.runtime.quality import score_splits, train
 from tests.curate.quality.corpus import TINY, TINY_ENCODER, text, write_source
 
-SETTINGS = dataclasses.replace(TINY, languages=(), encoder=TINY_ENCODER, encoder_share=0.3, split_bytes=1)
+SETTINGS = dataclasses.replace(
+    TINY, languages=(), encoder=TINY_ENCODER, encoder_share=0.3, always_ask_encoder=True, split_bytes=1
+)
 
 
 @pytest.fixture(scope="module")

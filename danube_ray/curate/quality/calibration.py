@@ -54,11 +54,20 @@ class Band:
         return (probabilities >= self.low) & (probabilities <= self.high)
 
 
+NOWHERE = Band(1.0, 0.0)
+
+
+def log_loss(probabilities: np.ndarray, good: np.ndarray) -> float:
+    """The mean surprise at (N,) labels; nothing is surer than Platt's own limit."""
+    of_label = np.where(good, probabilities, 1 - probabilities)
+    return float(-np.log(np.maximum(of_label, np.exp(-LIMIT))).mean())
+
+
 def least_certain(probabilities: np.ndarray, share: float) -> Band:
     """The band around 1/2 that holds about `share` of N probabilities; with 0 it holds nothing."""
     distances = np.sort(np.abs(probabilities - 0.5))
     number = round(share * len(distances))
     if number == 0:
-        return Band(1.0, 0.0)
+        return NOWHERE
     width = float(distances[number - 1])
     return Band(0.5 - width, 0.5 + width)

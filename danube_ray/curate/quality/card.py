@@ -94,7 +94,13 @@ def _figures(facts: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     sent = facts["sent_to_encoder"]
     low, high = facts["band"]["low"], facts["band"]["high"]
-    if "encoder" in facts["models"]:
+    if "encoder" in facts["models"] and low > high:
+        yield (
+            "The encoder is asked nowhere: where the trees are least sure it was no better, on the calibration part, "
+            "than they are. Train on more text, or name a trained BERT with `--encoder`."
+        )
+        yield ""
+    elif "encoder" in facts["models"]:
         yield (
             f"The encoder judges where the trees' probability is between {low:.3g} and {high:.3g}: "
             f"{sent['of_raw']:.1%} of held-out raw and {sent['of_good']:.1%} of good passages. The largest difference "

@@ -11,7 +11,7 @@ import numpy as np
 
 from danube_ray.config import NO_RULES
 from danube_ray.curate.heuristics import judge
-from danube_ray.curate.quality.calibration import Band, Platt, calibrate, least_certain
+from danube_ray.curate.quality.calibration import NOWHERE, Platt, calibrate, least_certain, log_loss
 from danube_ray.curate.quality.encoder import Encoder
 from danube_ray.curate.quality.examples import Passages
 from danube_ray.curate.quality.gbm import train_linear_and_trees
@@ -32,12 +32,12 @@ def fit(passages: Passages, settings: QualitySettings) -> QualityModel:
     model = QualityModel(
         *train_linear_and_trees(training.buckets, training.signals, training.good, training.document, settings),
         platt=Platt(1.0, 0.0),
-        band=Band(1.0, 0.0),
+        band=NOWHERE,
         threshold=settings.threshold,
     )
     platt = calibrate(log_odds(model, calibration), calibration.good)
     raw = calibration.select(~calibration.good)
-    band = least_certain(platt(log_odds(model, raw)), settings.encoder_share) if settings.encoder else Band(1.0, 0.0)
+    band = least_certain(platt(log_odds(model, raw)), settings.encoder_share) if settings.encoder else NOWHERE
     return replace(model, platt=platt, band=band)
 
 
@@ -57,10 +57,19 @@ def some_of_each(passages: Passages, most: int) -> Passages:
     return passages.select(np.sort(np.concatenate(kept)))
 
 
-def calibrate_encoder(model: QualityModel, encoder: Encoder, passages: Passages) -> QualityModel:
-    """The model with the encoder's calibration, on the calibration part."""
+def calibrate_encoder(
+    model: QualityModel, encoder: Encoder, passages: Passages, settings: QualitySettings
+) -> QualityModel:
+    """The model with the encoder's calibration, on the calibration part.
+
+    The encoder is asked nowhere if it is no better, in the band, than the trees it would overrule.
+    """
     judged = some_of_each(passages.of("calibration"), JUDGED_BY_ENCODER)
-    return replace(model, encoder=calibrate(encoder.log_odds(judged.texts), judged.good))
+    encoded, trees = encoder.log_odds(judged.texts), model.platt(log_odds(model, judged))
+    platt, inside = calibrate(encoded, judged.good), model.uncertain(trees)
+    good = judged.good[inside]
+    helps = bool(inside.any()) and log_loss(platt(encoded[inside]), good) < log_loss(trees[inside], good)
+    return replace(model, encoder=platt, band=model.band if helps or settings.always_ask_encoder else NOWHERE)
 
 
 @dataclass(frozen=True)

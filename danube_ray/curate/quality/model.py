@@ -18,7 +18,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from danube_ray.artifacts import MANIFEST, ArtifactError, content_hash, damage, read_json, read_manifest, write_json
-from danube_ray.curate.quality.calibration import Band, Platt
+from danube_ray.curate.quality.calibration import NOWHERE, Band, Platt
 from danube_ray.curate.quality.gbm import FEATURES, as_table
 from danube_ray.curate.quality.linear import LinearModel, buckets
 from danube_ray.curate.words import Words
@@ -50,7 +50,7 @@ class QualityModel:
 
     @property
     def has_encoder(self) -> bool:
-        return self.encoder is not None
+        return self.encoder is not None and self.band != NOWHERE
 
     @cached_property
     def num_buckets(self) -> int:

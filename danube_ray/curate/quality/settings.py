@@ -61,6 +61,7 @@ class QualitySettings:
     num_buckets: of the hashed word 1- and 2-grams.
     encoder: None trains none.
     encoder_share: the part of the raw text that the encoder judges: where the other model is least sure.
+    always_ask_encoder: also where it is no better there, on the calibration part, than the other model.
     threshold: the quality at which the card states precision and recall.
     """
 
@@ -78,6 +79,7 @@ class QualitySettings:
     num_leaves: int = 31
     encoder: EncoderSettings | None = field(default_factory=EncoderSettings)
     encoder_share: float = 0.2
+    always_ask_encoder: bool = False
     threshold: float = 0.5
     control_labelings: int = 3
     split_bytes: int = 8 * 2**20

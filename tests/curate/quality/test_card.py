@@ -74,6 +74,9 @@ def test_an_encoder_that_does_not_help_is_called_so(tmp_path):
     found["models"]["cascade"] = {**MEASURED, "auc": 0.9}
     write_card(tmp_path, found)
     assert "here it does not help" in read_card(tmp_path)
+    found["band"] = {"low": 1.0, "high": 0.0}
+    write_card(tmp_path, found)
+    assert "The encoder is asked nowhere" in read_card(tmp_path)
 
 
 def test_the_same_facts_give_the_same_bytes(tmp_path):

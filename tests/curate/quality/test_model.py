@@ -11,7 +11,7 @@ from danube_ray.artifacts import ArtifactError, commit
 from danube_ray.config import NO_RULES, ConfigError
 from danube_ray.curate.heuristics import judge
 from danube_ray.curate.quality import QualityModel, QualitySettings
-from danube_ray.curate.quality.fitting import fit, for_encoder, log_odds, measure, some_of_each
+from danube_ray.curate.quality.fitting import calibrate_encoder, fit, for_encoder, log_odds, measure, some_of_each
 from danube_ray.curate.quality.gbm import FEATURES, class_weights, out_of_fold_scores
 from danube_ray.curate.quality.linear import buckets, train
 from danube_ray.curate.quality.metrics import auc
@@ -43,6 +43,28 @@ def test_held_out_documents_are_told_apart_and_probabilities_mean_something(mode
     assert found["recall"] > 0.85
     assert 0.05 < facts["sent_to_encoder"]["of_raw"] < 0.5
     assert all(speed > 0 for speed in facts["documents_per_s"].values())
+
+
+class Oracle:
+    """In an encoder's place: log-odds that say of each text what they are told to."""
+
+    def __init__(self, says: dict[str, float]) -> None:
+        self.says = says
+
+    def log_odds(self, texts: list[str]) -> np.ndarray:
+        return np.array([self.says[text] for text in texts])
+
+
+def test_an_encoder_is_asked_only_where_it_knows_better_than_the_trees(model, passages):
+    truth = {text: 4.0 if good else -4.0 for text, good in zip(passages.texts, passages.good, strict=True)}
+    guesses = dict(zip(truth, np.random.default_rng(1).normal(size=len(truth)), strict=True))
+    knows, guesser = Oracle(truth), Oracle(guesses)
+    assert calibrate_encoder(model, knows, passages, SETTINGS).band == model.band
+    asked_nowhere = calibrate_encoder(model, guesser, passages, SETTINGS)
+    assert not asked_nowhere.has_encoder and not asked_nowhere.uncertain(np.array([0.5])).any()
+    assert calibrate_encoder(
+        model, guesser, passages, dataclasses.replace(SETTINGS, always_ask_encoder=True)
+    ).has_encoder
 
 
 def test_score_is_of_words_and_signals_in_the_order_asked(model):
