@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tyro
 
 from danube_ray.artifacts import ArtifactError
-from danube_ray.cli import quality as verbs
+from danube_ray.cli.quality import quality as run_verb
 from danube_ray.config import ConfigError
 from danube_ray.curate.quality import QualitySettings
 from danube_ray.runtime import quality
@@ -34,7 +33,7 @@ def trained_with(monkeypatch, tmp_path) -> dict:
 
 
 def run(*arguments: str) -> None:
-    tyro.cli(verbs.VERBS[arguments[0]], args=list(arguments[1:]))
+    run_verb(list(arguments))
 
 
 def test_sources_are_named_by_class_and_the_card_is_shown(trained_with, capsys):

@@ -26,6 +26,7 @@ SMALL = {"split_bytes": 1, "near_duplicates": False}
 DIES_AFTER = """
 import os, signal, sys
 from pathlib import Path
+from danube_ray.config import CurationConfig
 from danube_ray.runtime.curation import curate
 
 def die(step, done, total):
