@@ -90,6 +90,7 @@ def test_a_submitted_job_curates_on_the_cluster(head: Cluster, tmp_path: Path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_submitted_job_pretrains_the_nano_preset(head: Cluster, tmp_path: Path):
     tokens, runs = write_noise(tmp_path / "tokens", tokens_per_source=20_000), tmp_path / "runs"
     steps = [f"--stages.{stage}.tokens={tokens}" for stage, tokens in enumerate((12_288, 8_192, 8_192))]

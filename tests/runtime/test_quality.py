@@ -20,6 +20,7 @@ from danube_ray.runtime import quality
 from danube_ray.runtime.quality import score_splits, train
 from tests.curate.quality.corpus import TINY, TINY_ENCODER, text, write_source
 
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 SETTINGS = dataclasses.replace(
     TINY, languages=(), encoder=TINY_ENCODER, encoder_share=0.3, always_ask_encoder=True, split_bytes=1
 )
@@ -40,7 +41,6 @@ def trained(ray_session, sources, tmp_path_factory) -> Path:
     return train(*sources, tmp_path_factory.mktemp("trained") / "quality", SETTINGS)
 
 
-@pytest.mark.ray
 def test_training_leaves_models_and_a_card(trained, sources):
     assert damage(trained) is None
     assert [path.name for path in trained.parent.iterdir()] == ["quality"]  # no work is left behind
@@ -58,7 +58,6 @@ def test_training_leaves_models_and_a_card(trained, sources):
     assert good > raw
 
 
-@pytest.mark.ray
 def test_a_finished_training_is_left_as_it_is(trained, sources, monkeypatch):
     monkeypatch.setattr(quality, "run_splits", None)
     before = (trained / "manifest.json").stat().st_mtime_ns
@@ -66,7 +65,6 @@ def test_a_finished_training_is_left_as_it_is(trained, sources, monkeypatch):
     assert (trained / "manifest.json").stat().st_mtime_ns == before
 
 
-@pytest.mark.ray
 def test_what_the_trees_leave_open_is_scored_on_actors_once_and_to_the_same_bytes(trained, tmp_path):
     model, encoder = QualityModel.load(trained), Encoder.load(trained)
     generator, splits, texts = np.random.default_rng(8), [], []
