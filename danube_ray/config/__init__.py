@@ -14,7 +14,7 @@ from danube_ray.config.curation import CurationConfig, Extraction
 from danube_ray.config.finetuning import DpoConfig, EncoderConfig, FinetuneConfig, LoraConfig
 from danube_ray.config.model import BOS_ID, EOS_ID, UNK_ID, ModelConfig
 from danube_ray.config.rules import NO_RULES, RULE_SETS, RULES, SIGNALS, WEB_RULES, HeuristicRules, LineRules
-from danube_ray.config.run import RunConfig, StageConfig
+from danube_ray.config.run import QUALITY_BOUNDS, RunConfig, StageConfig
 from danube_ray.config.training import (
     FP8_SCALINGS,
     AttentionBackend,
@@ -47,6 +47,7 @@ __all__ = [
     "WEB_RULES",
     "HeuristicRules",
     "LineRules",
+    "QUALITY_BOUNDS",
     "RunConfig",
     "StageConfig",
     "FP8_SCALINGS",

@@ -10,6 +10,8 @@ from danube_ray.config.check import require, require_positive, valid_name
 from danube_ray.config.model import ModelConfig
 from danube_ray.config.training import LoopConfig, OptimizerConfig
 
+QUALITY_BOUNDS = (0.0, 0.25, 0.5, 0.75)  # the least quality in each of the buckets that a source is parted in
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
@@ -46,7 +48,9 @@ class StageConfig:
         for source, quality in self.min_quality.items():
             setting = f"StageConfig.min_quality of stage {self.name!r}"
             require(source in self.shares, setting, source, f"a source of the stage: {', '.join(self.shares)}")
-            require(0 <= quality <= 1, setting, {source: quality}, "between 0 and 1")
+            allowed = f"one of {', '.join(f'{bound:g}' for bound in QUALITY_BOUNDS)}"
+            remedy = "shards part a source's documents by quarters of the scale"
+            require(quality in QUALITY_BOUNDS, setting, {source: quality}, allowed, remedy)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from danube_ray.curate.dedup import FINGERPRINT_BYTES, by_preference, choose, shingles, star_pairs
-from danube_ray.curate.records import Part, Split
+from danube_ray.curate.records import Split
 from danube_ray.curate.splits import judged_path, read_qualities
 from danube_ray.curate.tables import DUPLICATES, TableWriter
 from danube_ray.curate.words import tokenize
@@ -63,9 +63,7 @@ class Placed:
     @classmethod
     def unpack(cls, fields: dict[str, Any]) -> Self:
         """From what `dataclasses.asdict` gave, through JSON."""
-        split = fields["split"]
-        parts = tuple(Part(**part) for part in split["parts"])
-        return cls(**{**fields, "split": Split(split["source"], split["root"], parts)})
+        return cls(**{**fields, "split": Split.unpack(fields["split"])})
 
 
 def place(splits: Sequence[Split], work: Path, priorities: Mapping[str, int]) -> list[Placed]:

@@ -94,8 +94,7 @@ class Judge:
             return Judged(document.text, "blocked_url")
         language = identify(document.text)
         one = Judged(document.text, None, {"language_score": language.score}, language=language.code)
-        known = language.code in settings.languages and language.score >= settings.min_language_score
-        if settings.languages and not known:
+        if not language.is_one_of(settings.languages, settings.min_language_score):
             return replace(one, reason="language")
 
         verdict = judge(document.text, self.rules)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
 from danube_ray.artifacts import content_hash
 from danube_ray.config import Extraction
@@ -36,6 +38,11 @@ class Split:
     def name(self) -> str:
         """The stem of this split's output files: 16 hex digits that depend on the source and its file names alone."""
         return content_hash([self.source, [(part.file, part.row_group) for part in self.parts]])[:16]
+
+    @classmethod
+    def unpack(cls, fields: Mapping[str, Any]) -> Self:
+        """The split that `dataclasses.asdict` made plain values of."""
+        return cls(fields["source"], fields["root"], tuple(Part(**part) for part in fields["parts"]))
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from typing import NamedTuple
 from danube_ray.artifacts import content_hash
 from danube_ray.config import ConfigError, RunConfig, StageConfig, require
 from danube_ray.data.permutation import permutation
-from danube_ray.data.shards import QUALITY_BOUNDS, UNSCORED, lowest_quality
+from danube_ray.data.shards import UNSCORED, lowest_quality
 
 VERSION = 1  # part of the hash: raise it when the same settings would give another order
 MAX_PERIOD = 100_000  # slots in a period of shares, a few bytes each: percentages with three decimals
@@ -215,8 +215,6 @@ class MixturePlan:
         buckets, quality = self._sizes[source], config.min_quality.get(source, 0.0)
         if quality > 0:
             where = f"min_quality of {setting}"
-            bounds, remedy = QUALITY_BOUNDS[1:], "shards part a source's documents by quarters of the scale"
-            require(quality in bounds, where, quality, f"one of 0, {', '.join(map(str, bounds))}", remedy)
             need, remedy = "0 for a source with unscored documents", "curate it with a quality model, which scores them"
             require(UNSCORED not in buckets, where, quality, need, remedy)
             buckets = {b: tokens for b, tokens in buckets.items() if (lowest_quality(b) or 0.0) >= quality}

@@ -35,12 +35,11 @@ from danube_ray.artifacts import (
     write_atomically,
     write_json,
 )
-from danube_ray.config import ConfigError
+from danube_ray.config import QUALITY_BOUNDS, ConfigError
 
 VALIDATION = "validation"
 UNSCORED = "unscored"
 QUALITY_BUCKETS = ("q0", "q1", "q2", "q3")
-QUALITY_BOUNDS = (0.0, 0.25, 0.5, 0.75)  # the least quality in each
 NAMES = pa.schema([("id", pa.string()), ("url", pa.string())])
 NAMES_AT_ONCE = 1024  # documents in a row group: what is read to name one of them
 

@@ -33,20 +33,18 @@ from danube_ray.config import CurationConfig, require, to_dict
 from danube_ray.curate.decontaminate import BenchmarkIndex
 from danube_ray.curate.judging import Judging
 from danube_ray.curate.quality import QualityModel
-from danube_ray.curate.records import Part, Split
+from danube_ray.curate.records import Split
 from danube_ray.curate.sources import plan_splits
 from danube_ray.curate.splits import finish_split, judge_split, judged_path
 from danube_ray.curate.tables import CONTAMINATION, TableWriter
 from danube_ray.report.curation import write_curation_report
 from danube_ray.runtime.deduplication import deduplicate
 from danube_ray.runtime.session import session
-from danube_ray.runtime.splits import run_splits
+from danube_ray.runtime.splits import Progress, StepProgress, run_splits
 
 # A part of every result's inputs: raise it when the judges, or what is written, change.
 VERSION = 2
 THROUGHPUT = "throughput.json"
-
-OnProgress = Callable[[str, int, int], None]  # a step's name, and how many of how many splits are done
 
 Counts = dict[str, dict[str, Any]]
 
@@ -55,7 +53,7 @@ def curate(
     sources: Mapping[str, str | Path],
     out: Path,
     settings: CurationConfig | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: StepProgress | None = None,
 ) -> dict[str, Any]:
     """Judge every record of `sources`, drop duplicates, and leave the folder `out`; returns its manifest.
 
@@ -73,10 +71,15 @@ def curate(
     _check_place(out, sources)
 
     index = BenchmarkIndex.build(settings.benchmarks) if settings.benchmarks else None
+    model = QualityModel.load(settings.quality_model) if settings.quality_model else None
     splits = [
         split for source, path in sources.items() for split in plan_splits(source, str(path), settings.split_bytes)
     ]
-    inputs = {"version": VERSION, "splits": [asdict(split) for split in splits], **_what_decides(settings, index)}
+    inputs = {
+        "version": VERSION,
+        "splits": [asdict(split) for split in splits],
+        **_what_decides(settings, index, model),
+    }
     work = work_folder(out, "curating", content_hash(inputs))
     if not (finished(out, inputs) and damage(out) is None):
         judging = Judging(content_hash(inputs), settings)
@@ -84,7 +87,8 @@ def curate(
             work.mkdir(parents=True, exist_ok=True)
             judging = replace(judging, benchmark_index=work / "benchmarks.safetensors")
             index.save(work / "benchmarks.safetensors")
-        run = _Run(splits, judging, work, {source: rank for rank, source in enumerate(sources)}, on_progress)
+        priorities = {source: rank for rank, source in enumerate(sources)}
+        run = _Run(splits, judging, work, priorities, model is not None and model.has_encoder, on_progress)
         facts = run.curate()
         for name, number in index.left_out.items() if index else ():
             facts["contaminated"].setdefault(name, {"documents": 0, "items": 0})["left_out"] = number
@@ -104,7 +108,8 @@ class _Run:
     judging: Judging
     work: Path
     priorities: dict[str, int]
-    on_progress: OnProgress | None
+    has_encoder: bool
+    on_progress: StepProgress | None
 
     def __post_init__(self) -> None:
         self.throughput: list[dict[str, Any]] = []
@@ -115,12 +120,12 @@ class _Run:
         with session():
             judged = self._each_split("judge", partial(_judge, judging=self.judging, work=self.work))
             self._check_quarantine(judged)
-            model = settings.quality_model
-            if model and QualityModel.load(model).has_encoder:
+            if settings.quality_model and self.has_encoder:
                 # It brings torch, which the judging workers, who import this file, start seconds sooner without.
                 from danube_ray.runtime.quality import score_splits
 
-                self._timed("score", lambda report: score_splits(self.splits, self.work, model, on_progress=report))
+                folder = settings.quality_model
+                self._timed("score", lambda report: score_splits(self.splits, self.work, folder, on_progress=report))
             self._timed("deduplicate", self._deduplicate)
             final = self._each_split("finish", partial(_finish, min_quality=settings.min_quality, work=self.work))
         return {
@@ -130,7 +135,7 @@ class _Run:
             "settings": _plain(settings, self.priorities),
         }
 
-    def _deduplicate(self, report: Callable[[int, int], None]) -> None:
+    def _deduplicate(self, report: Progress) -> None:
         settings = self.judging.settings
         near, least = settings.near_duplicates, settings.min_jaccard
         deduplicate(
@@ -139,23 +144,22 @@ class _Run:
 
     def _each_split(self, step: str, task: Callable[[Any], dict[str, Any]]) -> list[dict[str, Any]]:
         packed = [asdict(split) for split in self.splits]
-
-        def run(report: Callable[[int, int], None]) -> list[dict[str, Any]]:
-            return run_splits(task, packed, lambda done: report(done, len(packed)))
-
-        counts = self._timed(step, run)
-        wall_s = self.throughput.pop()["wall_s"]
+        started = time.perf_counter()
+        counts = run_splits(task, packed, lambda done: self._report(step)(done, len(packed)))
+        wall_s = time.perf_counter() - started
         for source in self.priorities:
             spent = [row["spent"] for split, row in zip(self.splits, counts, strict=True) if split.source == source]
             sums = {name: sum(row[name] for row in spent) for name in ("documents", "bytes", "seconds")}
             self.throughput.append({"step": step, "source": source, **sums, "wall_s": wall_s})
         return counts
 
-    def _timed(self, step: str, run: Callable[[Callable[[int, int], None]], Any]) -> Any:
+    def _timed(self, step: str, run: Callable[[Progress], Any]) -> None:
         started = time.perf_counter()
-        result = run(lambda done, total: self.on_progress(step, done, total) if self.on_progress else None)
+        run(self._report(step))
         self.throughput.append({"step": step, "source": None, "wall_s": time.perf_counter() - started})
-        return result
+
+    def _report(self, step: str) -> Progress:
+        return partial(self.on_progress, step) if self.on_progress else lambda done, total: None
 
     def _check_quarantine(self, judged: Sequence[dict[str, Any]]) -> None:
         max_share = self.judging.settings.max_quarantine_share
@@ -215,27 +219,22 @@ class _Run:
 
 
 def _judge(packed: dict[str, Any], judging: Judging, work: Path) -> dict[str, Any]:
-    return judge_split(_unpacked(packed), judging, work)
+    return judge_split(Split.unpack(packed), judging, work)
 
 
 def _finish(packed: dict[str, Any], min_quality: float, work: Path) -> dict[str, Any]:
-    return finish_split(_unpacked(packed), min_quality, work)
+    return finish_split(Split.unpack(packed), min_quality, work)
 
 
-def _unpacked(fields: dict[str, Any]) -> Split:
-    return Split(fields["source"], fields["root"], tuple(Part(**part) for part in fields["parts"]))
-
-
-def _what_decides(settings: CurationConfig, index: BenchmarkIndex | None) -> dict[str, Any]:
+def _what_decides(settings: CurationConfig, index: BenchmarkIndex | None, model: QualityModel | None) -> dict[str, Any]:
     """All that the result depends on beside the splits: settings, and the contents of the files they name."""
     free = ("split_bytes", "max_quarantine_share", "blocked_urls", "blocked_words", "quality_model", "benchmarks")
-    model = settings.quality_model
     return {
         "settings": {name: value for name, value in to_dict(settings).items() if name not in free},
         "blocked_urls": [file_hash(path) for path in settings.blocked_urls],
         "blocked_words": [file_hash(path) for path in settings.blocked_words],
         "benchmarks": index.hash if index else None,
-        "quality_model": QualityModel.load(model).sha256 if model else None,
+        "quality_model": model.sha256 if model else None,
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -35,14 +35,13 @@ from danube_ray.curate.quality.fitting import calibrate_encoder, fit, for_encode
 from danube_ray.curate.quality.gbm import FEATURES
 from danube_ray.curate.quality.model import ENCODER, VERSION
 from danube_ray.curate.quality.scoring import score_split
-from danube_ray.curate.records import Part, Split
+from danube_ray.curate.records import Split
 from danube_ray.curate.sources import plan_splits
 from danube_ray.curate.splits import verified
 from danube_ray.runtime.session import session
-from danube_ray.runtime.splits import map_splits, run_split, run_splits
-from danube_ray.train.progress import Progress
+from danube_ray.runtime.splits import Progress, StepProgress, map_splits, run_split, run_splits
+from danube_ray.train.progress import Progress as TrainingProgress
 
-OnProgress = Callable[[str, int, int], None]  # what is done: how many of how many
 CPU_MICRO_BATCH = 4  # small ones of about equal lengths: a CPU gains nothing from more rows, and loses by padding
 COMPARED = 32  # texts whose int8 and float32 log-odds are compared
 
@@ -52,8 +51,8 @@ def train(
     raw: Mapping[str, str | Path],
     out: Path,
     settings: QualitySettings | None = None,
-    on_progress: OnProgress | None = None,
-    progress: Progress | None = None,
+    on_progress: StepProgress | None = None,
+    progress: TrainingProgress | None = None,
 ) -> Path:
     """Train both quality models on sources of `good` and of `raw` text; `out` appears complete, with its card.
 
@@ -109,11 +108,7 @@ def train(
 
 
 def _gather(packed: dict[str, Any], settings: QualitySettings, work: Path) -> dict[str, Any]:
-    return gather_split(_unpacked(packed), settings, work)
-
-
-def _unpacked(fields: dict[str, Any]) -> Split:
-    return Split(fields["source"], fields["root"], tuple(Part(**part) for part in fields["parts"]))
+    return gather_split(Split.unpack(packed), settings, work)
 
 
 def _base_hashes(settings: QualitySettings) -> dict[str, str]:
@@ -124,7 +119,7 @@ def _base_hashes(settings: QualitySettings) -> dict[str, str]:
 
 
 def _train_encoder(
-    passages: Passages, settings: QualitySettings, work: Path, folder: Path, progress: Progress | None
+    passages: Passages, settings: QualitySettings, work: Path, folder: Path, progress: TrainingProgress | None
 ) -> Encoder:
     """Train the encoder as a task of the one loop, into a Hugging Face folder with its int8 graph."""
     from transformers.utils.logging import disable_progress_bar
@@ -225,7 +220,7 @@ class Scorer:
         return run_split(row, self.score)
 
     def score(self, packed: dict[str, Any]) -> dict[str, int]:
-        return score_split(_unpacked(packed), self.work, self.model, self.encoder)
+        return score_split(Split.unpack(packed), self.work, self.model, self.encoder)
 
 
 def score_splits(
@@ -233,7 +228,7 @@ def score_splits(
     work: Path,
     folder: Path,
     *,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> int:
     """Score what the trees were unsure of in every judged split, on a pool of actors; how many documents that was.
 
@@ -241,8 +236,9 @@ def score_splits(
     scores it, on machines of one kind. What is finished is verified and not done again.
     """
     report = on_progress or (lambda done, total: None)
-    done = [counts["scored"] for split in splits if (counts := verified(work, "scored", split)) is not None]
-    todo = [asdict(split) for split in splits if verified(work, "scored", split) is None]
+    counts = [verified(work, "scored", split) for split in splits]
+    done = [found["scored"] for found in counts if found is not None]
+    todo = [asdict(split) for split, found in zip(splits, counts, strict=True) if found is None]
     report(len(done), len(splits))
     if not todo:
         return sum(done)
@@ -254,5 +250,5 @@ def score_splits(
             "compute": ray.data.ActorPoolStrategy(min_size=1, max_size=min(most, len(todo))),
             "num_gpus" if gpus else "num_cpus": 1,
         }
-        counts = map_splits(Scorer, todo, lambda number: report(len(done) + number, len(splits)), **on_actors)
-    return sum(done) + sum(row["scored"] for row in counts)
+        scored = map_splits(Scorer, todo, lambda number: report(len(done) + number, len(splits)), **on_actors)
+    return sum(done) + sum(row["scored"] for row in scored)

@@ -16,6 +16,7 @@ import ray.data
 from danube_ray.runtime.session import session
 
 Progress = Callable[[int, int], None]  # how many of how many are done
+StepProgress = Callable[[str, int, int], None]  # of which step: how many of how many are done
 
 
 def run_splits(step: Callable[[Any], Any], splits: Sequence[Any], on_done: Callable[[int], None]) -> list[Any]:

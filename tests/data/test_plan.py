@@ -168,7 +168,6 @@ def test_epochs_and_tails_are_counted_and_epochs_capped() -> None:
     [
         (stage("a", 999, 64, {"books": 1}), "source 'books' of stage 'a'.*code, web, wiki"),
         (stage("a", 999, 64, {"wiki": 1}, min_quality={"wiki": 0.5}), "min_quality of source 'wiki'.*unscored"),
-        (stage("a", 999, 64, {"web": 1}, min_quality={"web": 0.8}), "min_quality of source 'web'.*0, 0.25, 0.5, 0.75"),
         (stage("a", 999, 64, {"low": 1}, min_quality={"low": 0.5}), "min_quality of source 'low'.*documents reach"),
         (stage("a", 999, 64, {"web": 100_003, "wiki": 7}), "shares of stage 'a' is 100010"),
         (

@@ -17,7 +17,7 @@ from itertools import combinations
 
 import numpy as np
 
-from danube_ray.curate.quality.calibration import Band, Platt
+from danube_ray.curate.quality.calibration import NOWHERE, Platt
 from danube_ray.curate.quality.examples import Passages
 from danube_ray.curate.quality.gbm import train_linear_and_trees
 from danube_ray.curate.quality.metrics import auc
@@ -95,7 +95,7 @@ def _scores(
     """The log-odds of the `judged` rows by a model of the `trained` ones, both (N,) bool."""
     seen, asked = passages.select(trained), passages.select(judged)
     model = train_linear_and_trees(seen.buckets, seen.signals, good[trained], seen.document, settings)
-    return QualityModel(*model, Platt(1.0, 0.0), Band(1.0, 0.0), 0.5).log_odds(asked.buckets, asked.signals)
+    return QualityModel(*model, Platt(1.0, 0.0), NOWHERE, 0.5).log_odds(asked.buckets, asked.signals)
 
 
 def _fewer(passages: Passages) -> Passages:

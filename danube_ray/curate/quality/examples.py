@@ -53,10 +53,7 @@ def gather_split(split: Split, settings: QualitySettings, work: Path) -> dict[st
             if isinstance(item, Quarantined):
                 seen["unreadable"] += 1
                 continue
-            language = identify(item.text)
-            if settings.languages and not (
-                language.code in settings.languages and language.score >= settings.min_language_score
-            ):
+            if not identify(item.text).is_one_of(settings.languages, settings.min_language_score):
                 seen["other_language"] += 1
                 continue
             seen["documents"] += 1
