@@ -17,8 +17,8 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
+from danube_ray.config import ServedModel
 from danube_ray.presets import PRESETS
-from danube_ray.serve.models import ServedModel
 
 CLUSTER = Path(__file__).parent.parent / "cluster"
 RAY_MINOR = ".".join(ray.__version__.split(".")[:2])
@@ -200,7 +200,7 @@ def test_the_application_exists_and_takes_what_it_is_given(serve_config: dict[st
     assert application["args"].keys() <= {"models"}
     for model in application["args"]["models"].values():
         assert model.keys() <= fields
-        paths = {name: Path(model[name]) for name in ("gguf", "tokenizer_folder")}
+        paths = {name: Path(model[name]) for name in ("weights", "tokenizer_folder")}
         ServedModel(**{**model, **paths})
 
 

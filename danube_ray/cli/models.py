@@ -151,15 +151,17 @@ def serve(
         num_slots: answers that an engine generates at the same time.
         num_threads: CPUs of an engine.
     """
+    from danube_ray.config import ServeConfig, ServedModel
     from danube_ray.runtime import serving
-    from danube_ray.serve.models import ServedModel
 
     scale = {"min_replicas": min_replicas, "max_replicas": max_replicas}
     served = {
-        name: ServedModel(gguf=file, tokenizer_folder=tokenizer, num_slots=num_slots, num_threads=num_threads, **scale)
+        name: ServedModel(
+            weights=file, tokenizer_folder=tokenizer, num_slots=num_slots, num_threads=num_threads, **scale
+        )
         for name, file in named_paths(models).items()
     }
-    serving.serve(served, host=host, port=port)
+    serving.serve(ServeConfig(models=served, host=host, port=port))
 
 
 def chat(prompt: Positional[str], model: str, url: str = "http://127.0.0.1:8000", max_tokens: int = 256) -> None:

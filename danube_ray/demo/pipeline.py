@@ -24,8 +24,8 @@ from danube_ray.presets import PRESETS
 from danube_ray.report import write_report
 
 if TYPE_CHECKING:
+    from danube_ray.config import ServedModel
     from danube_ray.quantize.levels import Level
-    from danube_ray.serve.models import ServedModel
     from danube_ray.train.progress import Progress
 
 CORPUS_BYTES_PER_SOURCE = 4 * 2**20
@@ -279,17 +279,18 @@ class Demo:
         return {row["level"]: f"{row['bytes'] / 2**20:.2f} MiB, KLD {row['kld_mean']:.4f}" for row in rows}
 
     def served(self) -> ServedModel:
-        from danube_ray.serve.models import ServedModel
+        from danube_ray.config import ServedModel
 
-        return ServedModel(gguf=self.root / "gguf" / "Q8_0.gguf", tokenizer_folder=self.root / "chat", num_threads=1)
+        return ServedModel(weights=self.root / "gguf" / "Q8_0.gguf", tokenizer_folder=self.root / "chat", num_threads=1)
 
     def ask(self) -> dict[str, Any]:
         """Serve the chat model on Ray Serve and ask it over HTTP, as any OpenAI client would."""
+        from danube_ray.config import ServeConfig
         from danube_ray.inference.http import chat
         from danube_ray.runtime.serving import serving
 
         self.start_ray()
-        with serving({CHAT_MODEL: self.served()}, port=0) as url:
+        with serving(ServeConfig(models={CHAT_MODEL: self.served()}, port=0)) as url:
             samples = [
                 {"model": CHAT_MODEL, "prompt": question, "answer": chat(url, CHAT_MODEL, question, max_tokens=48)}
                 for question in QUESTIONS

@@ -11,6 +11,7 @@ import socket
 import threading
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,20 +24,17 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.schema import LoggingConfig
 
-from danube_ray.config import require, valid_name
+from danube_ray.config import GateSettings, ServeConfig, ServedModel, require
 from danube_ray.runtime.session import session
 from danube_ray.serve.engines import Delta, EngineBusy, EngineError, LlamaCppEngine, Sampling
-from danube_ray.serve.gate import GateSettings, ModelEntry, create_app
-from danube_ray.serve.models import ServedModel
+from danube_ray.serve.gate import ModelEntry, create_app
+from danube_ray.serve.models import entries
 
 APPLICATION = "danube"
-DEFAULT_HOST = "127.0.0.1"  # this machine only, unless somebody says otherwise
-DEFAULT_PORT = 8000
 DRAIN_S = 30.0  # how long a replica that must go may finish its answers
 DRAIN_POLL_S = 0.1  # and how often it looks whether it has
 LOOK_BACK_S, MEASURE_S = 2.0, 1.0  # load is judged by its mean over this, measured so often
 HEALTH_CHECK_S = 1.0  # a dead engine is replaced when the next check finds it so; Serve's default is 10
-IDLE_S = 120.0  # without requests for so long, a replica above the minimum goes
 
 
 class EngineReplica:
@@ -102,7 +100,7 @@ class Gate:
 
 
 def application(
-    models: Mapping[str, ServedModel], entries: dict[str, ModelEntry], settings: GateSettings
+    models: Mapping[str, ServedModel], known: dict[str, ModelEntry], settings: GateSettings
 ) -> ray_serve.Application:
     """The Serve application: the gate, and one engine deployment a model."""
     engines: dict[str, Any] = {}
@@ -122,11 +120,11 @@ def application(
                 upscale_delay_s=0.5,
                 look_back_period_s=LOOK_BACK_S,
                 metrics_interval_s=MEASURE_S,
-                downscale_delay_s=IDLE_S,
+                downscale_delay_s=model.idle_s,
             ),
         )(EngineReplica)
         engines[name] = deployment.bind(
-            model.gguf.resolve(), entries[name].context_tokens, model.num_slots, model.num_threads
+            model.weights.resolve(), known[name].context_tokens, model.num_slots, model.num_threads
         )
     gate = ray_serve.deployment(
         name="gate",
@@ -135,64 +133,45 @@ def application(
         graceful_shutdown_timeout_s=DRAIN_S,
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
     )(Gate)
-    return gate.bind(entries, settings, engines)
+    return gate.bind(known, settings, engines)
 
 
 def build(args: dict[str, Any]) -> ray_serve.Application:
     """The application of a Serve configuration file: `args["models"]` holds the fields of a `ServedModel` by name."""
     models = {
         name: ServedModel(
-            **{**fields, "gguf": Path(fields["gguf"]), "tokenizer_folder": Path(fields["tokenizer_folder"])}
+            **{**fields, "weights": Path(fields["weights"]), "tokenizer_folder": Path(fields["tokenizer_folder"])}
         )
         for name, fields in args["models"].items()
     }
-    return application(models, check(models), GateSettings())
+    config = ServeConfig(models=models)
+    return application(models, entries(config), config.gate)
 
 
 @contextmanager
-def serving(
-    models: Mapping[str, ServedModel],
-    *,
-    host: str = DEFAULT_HOST,
-    port: int = DEFAULT_PORT,
-    settings: GateSettings | None = None,
-) -> Iterator[str]:
-    """Serve `models` while the block runs; gives the base URL. Port 0 takes a free one.
+def serving(config: ServeConfig) -> Iterator[str]:
+    """Serve while the block runs; gives the base URL. Port 0 takes a free one.
 
     `ConfigError` before anything starts: a file that can't be served, a port in use, more threads than CPUs.
     """
-    entries = check(models)
-    port = free_port(host, port)
+    known = entries(config)
+    port = free_port(config.host, config.port)
     with session():
-        deploy(models, entries, host, port, settings or GateSettings())
+        deploy(replace(config, port=port), known)
         try:
-            yield f"http://{host}:{port}"
+            yield f"http://{config.host}:{port}"
         finally:
             ray_serve.delete(APPLICATION)  # after its answers have ended; Serve itself goes with the cluster
 
 
-def serve(
-    models: Mapping[str, ServedModel],
-    *,
-    host: str = DEFAULT_HOST,
-    port: int = DEFAULT_PORT,
-    settings: GateSettings | None = None,
-) -> None:
-    """Serve `models` until SIGINT or SIGTERM."""
-    with serving(models, host=host, port=port, settings=settings) as url:
-        print(f"{', '.join(models)}: chat at {url}, OpenAI API at {url}/v1. Ctrl+C stops.", flush=True)
+def serve(config: ServeConfig) -> None:
+    """Serve until SIGINT or SIGTERM."""
+    with serving(config) as url:
+        print(f"{', '.join(config.models)}: chat at {url}, OpenAI API at {url}/v1. Ctrl+C stops.", flush=True)
         stopped = threading.Event()
         for stop_signal in (signal.SIGINT, signal.SIGTERM):
             signal.signal(stop_signal, lambda *_: stopped.set())
         stopped.wait()
-
-
-def check(models: Mapping[str, ServedModel]) -> dict[str, ModelEntry]:
-    """What the gate must know of each model; `ConfigError` for the first that can't be served."""
-    require(bool(models), "models", dict(models), "at least one model")
-    for name in models:
-        require(valid_name(name), "model name", name, "letters, digits, '.', '_' and '-'")
-    return {name: model.entry() for name, model in models.items()}
 
 
 def free_port(host: str, port: int) -> int:
@@ -207,11 +186,9 @@ def free_port(host: str, port: int) -> int:
         return probe.getsockname()[1]
 
 
-def deploy(
-    models: Mapping[str, ServedModel], entries: dict[str, ModelEntry], host: str, port: int, settings: GateSettings
-) -> None:
+def deploy(config: ServeConfig, known: dict[str, ModelEntry]) -> None:
     """Start Serve where it is not yet, and run the application on it. Returns when every engine has loaded."""
-    wanted = sum(model.min_replicas * model.num_threads for model in models.values())
+    wanted = sum(model.min_replicas * model.num_threads for model in config.models.values())
     cpus = int(ray.cluster_resources().get("CPU", 0))
     elastic = "RAY_ADDRESS" in os.environ  # a cluster of somebody's may grow on demand; ours can't, and would wait
     require(elastic or wanted <= cpus, "num_threads", wanted, f"at most {cpus} over all engines", "give each fewer")
@@ -221,6 +198,7 @@ def deploy(
         ray_serve.shutdown()  # one that stayed from before would keep its own port
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     # Serve's own time-out would cut long answers in the middle; the gate has a deadline instead.
-    http = HTTPOptions(host=host, port=port, request_timeout_s=None)
+    http = HTTPOptions(host=config.host, port=config.port, request_timeout_s=None)
     ray_serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http, logging_config=quiet)
-    ray_serve.run(application(models, entries, settings), name=APPLICATION, route_prefix="/", logging_config=quiet)
+    served = application(config.models, known, config.gate)
+    ray_serve.run(served, name=APPLICATION, route_prefix="/", logging_config=quiet)

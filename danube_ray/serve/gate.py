@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
-from danube_ray.config import require_positive
+from danube_ray.config import GateSettings, require_positive
 from danube_ray.data.chat import Message, render
 from danube_ray.data.tokenizer import Tokenizer
 from danube_ray.serve import errors
@@ -33,26 +33,16 @@ CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that left; nobody rea
 
 @dataclass(frozen=True, kw_only=True)
 class ModelEntry:
-    """A model as the gate knows it. `context_tokens` bounds prompt and answer together."""
+    """A model as the gate knows it. `context_tokens` bounds prompt and answer together; `base` is the model that an
+    adapter belongs to, whose engine answers for it."""
 
     tokenizer: Tokenizer
     context_tokens: int
+    base: str | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
         require_positive(self, "context_tokens")
-
-
-@dataclass(frozen=True, kw_only=True)
-class GateSettings:
-    """Limits of one request. `max_choices` counts answers: `n` times the number of prompts."""
-
-    max_body_bytes: int = 2**20
-    max_choices: int = 8
-    deadline_s: float = 600.0
-
-    def __post_init__(self) -> None:
-        require_positive(self, "max_body_bytes", "max_choices", "deadline_s")
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,9 @@ from pathlib import Path
 import openai
 import pytest
 
-from danube_ray.config import ConfigError
+from danube_ray.config import ConfigError, ServeConfig, ServedModel
 from danube_ray.inference.http import chat
 from danube_ray.runtime.serving import serving
-from danube_ray.serve.models import ServedModel
 from tests.serve.browser import headless_chromium
 from tests.serve.tiny import tiny_served_model
 
@@ -45,8 +44,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
 def app(ray_session: None, served: ServedModel) -> Iterator[Live]:
     doomed = f"doomed-{uuid.uuid4().hex}"
     narrow = replace(served, num_slots=1, max_queued=1)
-    typed = replace(served, gguf=relative(served.gguf), tokenizer_folder=relative(served.tokenizer_folder))
-    with serving({"tiny": typed, doomed: narrow}, port=0) as url:
+    typed = replace(served, weights=relative(served.weights), tokenizer_folder=relative(served.tokenizer_folder))
+    with serving(ServeConfig(models={"tiny": typed, doomed: narrow}, port=0)) as url:
         yield Live(url, doomed)
 
 
@@ -144,12 +143,15 @@ def test_what_cannot_be_served_is_one_clear_error(served: ServedModel, tmp_path:
     """Before Ray starts: a port in use, no model, a bad name, a bad file."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"port is {port}"), serving({"tiny": served}, port=port):
+        with (
+            pytest.raises(ConfigError, match=f"port is {port}"),
+            serving(ServeConfig(models={"tiny": served}, port=port)),
+        ):
             pass
     nameless = {"": served, "a/b": served, ".hidden": served}
     for models in ({}, *({name: model} for name, model in nameless.items())):
-        with pytest.raises(ConfigError, match="model"), serving(models, port=0):
+        with pytest.raises(ConfigError, match="model"), serving(ServeConfig(models=models, port=0)):
             pass
-    missing = replace(served, gguf=tmp_path / "missing.gguf")
-    with pytest.raises(ConfigError, match=r"missing\.gguf"), serving({"tiny": missing}, port=0):
+    missing = replace(served, weights=tmp_path / "missing.gguf")
+    with pytest.raises(ConfigError, match=r"missing\.gguf"), serving(ServeConfig(models={"tiny": missing}, port=0)):
         pass

@@ -13,9 +13,10 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from danube_ray.serve.engines import Delta, Engine, LlamaCppEngine, Sampling
-from danube_ray.serve.gate import GateSettings, ModelEntry, create_app
-from danube_ray.serve.models import ServedModel
+from danube_ray.config import GateSettings, ServedModel
+from danube_ray.serve.engines import Delta, Engine, LlamaCppEngine, Sampling, TokenLogprob
+from danube_ray.serve.gate import ModelEntry, create_app
+from danube_ray.serve.models import entry_of
 from tests.serve.tiny import tiny_served_model
 
 
@@ -37,6 +38,12 @@ class RecordingEngine:
                     yield delta
         finally:
             self.ended.set()
+
+    async def score(self, prompt: Sequence[int], top: int = 0, adapter: str | None = None) -> list[TokenLogprob]:
+        return await self.engine.score(prompt, top, adapter)
+
+    async def embed(self, prompt: Sequence[int], adapter: str | None = None) -> list[float]:
+        return await self.engine.embed(prompt, adapter)
 
 
 @contextmanager
@@ -60,12 +67,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
 
 @pytest.fixture(scope="session")
 def entry(served: ServedModel) -> ModelEntry:
-    return served.entry()
+    return entry_of(served)
 
 
 @pytest.fixture(scope="session")
 def engine(served: ServedModel, entry: ModelEntry) -> Iterator[LlamaCppEngine]:
-    engine = LlamaCppEngine(served.gguf, entry.context_tokens, served.num_slots, served.num_threads)
+    engine = LlamaCppEngine(served.weights, entry.context_tokens, served.num_slots, served.num_threads)
     yield engine
     engine.close()
 

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from danube_ray.config import ConfigError
+from danube_ray.config import ConfigError, ServedModel
 from danube_ray.inference.gguf import GgufModel
 from danube_ray.serve.engines import Delta, EngineRejected, LlamaCppEngine, Sampling
 from danube_ray.serve.gate import ModelEntry
-from danube_ray.serve.models import ServedModel
 
 PROMPT = [1, 300, 301, 302, 303]
 GREEDY = Sampling(max_tokens=24, temperature=0)
@@ -46,7 +45,7 @@ def test_greedy_answers_are_those_that_evaluation_measures(
     engine: LlamaCppEngine, served: ServedModel, entry: ModelEntry, penalty: float
 ):
     prompt = entry.tokenizer.encode("The Danube")
-    with GgufModel(served.gguf, context_length=256) as model:
+    with GgufModel(served.weights, context_length=256) as model:
         ids = model.generate(prompt, 24, repetition_penalty=penalty)
     sampling = Sampling(max_tokens=24, temperature=0, repetition_penalty=penalty)
     expected = entry.tokenizer.decode(ids)
@@ -68,7 +67,7 @@ def test_stop_text_ends_the_answer_before_it(engine: LlamaCppEngine):
 
 def test_leaving_frees_the_slot(served: ServedModel, entry: ModelEntry):
     """With one slot, an answer of minutes that was left must not stand before the next one."""
-    engine = LlamaCppEngine(served.gguf, entry.context_tokens, num_slots=1, num_threads=1)
+    engine = LlamaCppEngine(served.weights, entry.context_tokens, num_slots=1, num_threads=1)
 
     async def leave_and_ask() -> list[Delta]:
         async with aclosing(engine.generate(PROMPT, Sampling(max_tokens=60_000))) as deltas:

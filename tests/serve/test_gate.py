@@ -13,9 +13,10 @@ from urllib.request import Request, urlopen
 import openai
 import pytest
 
+from danube_ray.config import GateSettings
 from danube_ray.data.chat import render
 from danube_ray.serve.engines import Delta, EngineBusy, EngineError, Sampling
-from danube_ray.serve.gate import GateSettings, ModelEntry, create_app
+from danube_ray.serve.gate import ModelEntry, create_app
 from tests.serve.conftest import RecordingEngine, live
 
 HELLO: list[Any] = [{"role": "user", "content": "Which river is longer?"}]

@@ -5,37 +5,37 @@ from pathlib import Path
 
 import pytest
 
-from danube_ray.config import ConfigError
+from danube_ray.config import ConfigError, ServedModel
 from danube_ray.quantize.gguf import convert
-from danube_ray.serve.models import ServedModel
+from danube_ray.serve.models import entry_of
 from tests.models import tiny_model, tiny_tokenizer
 from tests.serve.tiny import CONTEXT_TOKENS
 
 
 def test_the_context_is_the_files(served: ServedModel):
-    assert served.entry().context_tokens == CONTEXT_TOKENS
-    assert replace(served, context_tokens=100).entry().context_tokens == 100
+    assert entry_of(served).context_tokens == CONTEXT_TOKENS
+    assert entry_of(replace(served, context_tokens=100)).context_tokens == 100
     with pytest.raises(ConfigError, match="context_tokens is 100000"):
-        replace(served, context_tokens=100_000).entry()
+        entry_of(replace(served, context_tokens=100_000))
 
 
 def test_the_sliding_window_caps_the_context(tmp_path: Path):
     tiny_model(tmp_path, sliding_window=32)
     convert(tmp_path, tmp_path / "model.gguf", "F16")
-    assert ServedModel(gguf=tmp_path / "model.gguf", tokenizer_folder=tmp_path).entry().context_tokens == 32
+    assert entry_of(ServedModel(weights=tmp_path / "model.gguf")).context_tokens == 32
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.999])
 def test_a_torn_file_is_refused(served: ServedModel, tmp_path: Path, share: float):
-    whole = served.gguf.read_bytes()
+    whole = served.weights.read_bytes()
     (tmp_path / "torn.gguf").write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(ConfigError, match=r"torn\.gguf"):
-        replace(served, gguf=tmp_path / "torn.gguf").entry()
+        entry_of(replace(served, weights=tmp_path / "torn.gguf"))
 
 
 def test_another_models_tokenizer_is_refused(served: ServedModel, tmp_path: Path):
     with pytest.raises(ConfigError, match="tokenizer_folder"):
-        replace(served, tokenizer_folder=tiny_tokenizer(tmp_path, vocab_size=400)).entry()
+        entry_of(replace(served, tokenizer_folder=tiny_tokenizer(tmp_path, vocab_size=400)))
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from danube_ray.artifacts import read_json, write_json
+from danube_ray.config import ServedModel
 from danube_ray.quantize.gguf import convert
-from danube_ray.serve.models import ServedModel
 from tests.models import tiny_model
 
 CONTEXT_TOKENS = 65_536  # minutes of answer: a slot that is not given back is a test that does not end
@@ -28,4 +28,4 @@ def tiny_served_model(folder: Path, seed: int = 0) -> ServedModel:
     weights["lm_head.weight"][2, 0] = -1000
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     convert(folder, folder / "model.gguf", "F16")
-    return ServedModel(gguf=folder / "model.gguf", tokenizer_folder=folder, num_slots=2, num_threads=1)
+    return ServedModel(weights=folder / "model.gguf", tokenizer_folder=folder, num_slots=2, num_threads=1)
