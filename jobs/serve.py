@@ -1,7 +1,8 @@
-"""Serve GGUF files from the cluster's head until the job is stopped:
+"""Serve what a configuration file says until the job is stopped; answers under way then have 630 s to end:
 
-    RAY_AUTH_MODE=token ray job submit --address http://127.0.0.1:8265 --working-dir . -- \\
-        python jobs/serve.py chat=/mnt/danube/gguf/Q4_K_M.gguf --tokenizer /mnt/danube/runs/dpo/model --host 0.0.0.0
+    RAY_AUTH_MODE=token ray job submit --address http://127.0.0.1:8265 --working-dir . \\
+        --runtime-env-json '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "630"}}' -- \\
+        python jobs/serve.py --config /mnt/danube/serve.yaml
 """
 
 import sys

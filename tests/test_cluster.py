@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import importlib
 import inspect
 import re
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import pydantic
 import pytest
 import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
-from danube_ray.config import ServedModel
 from danube_ray.presets import PRESETS
+from danube_ray.runtime.deployments import DRAIN_MARGIN_S
+from danube_ray.runtime.session import SERVE_ENVIRONMENT
+from danube_ray.serve.files import read_config
+from danube_ray.serve.keys import ENVIRONMENT
 
 CLUSTER = Path(__file__).parent.parent / "cluster"
 RAY_MINOR = ".".join(ray.__version__.split(".")[:2])
@@ -100,7 +100,11 @@ def test_every_node_gets_the_token_and_the_storage(launcher: dict[str, Any]):
             "RayJob",
             {"entrypoint", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "backoffLimit", "rayClusterSpec"},
         ),
-        ("kuberay-rayservice.yaml", "RayService", {"serveConfigV2", "rayClusterConfig"}),
+        (
+            "kuberay-rayservice.yaml",
+            "RayService",
+            {"serveConfigV2", "rayClusterConfig", "rayClusterDeletionDelaySeconds"},
+        ),
     ],
 )
 def test_a_manifest_is_what_kuberay_reads(name: str, kind: str, keys: set[str]):
@@ -159,49 +163,43 @@ def test_shared_memory_is_enough_for_the_object_store_and_nccl(job: dict[str, An
 # Serve
 
 
-def unknown_keys(model: type[pydantic.BaseModel], value: dict[str, Any], where: str = "") -> list[str]:
-    """Keys of a Serve configuration that its schema, which accepts anything, would silently ignore."""
-    found = [f"{where}{key}" for key in value if key not in model.model_fields]
-    for name, field in model.model_fields.items():
-        inner = [kind for kind in (field.annotation, *get_args(field.annotation)) if inspect.isclass(kind)]
-        for kind in (kind for kind in inner if issubclass(kind, pydantic.BaseModel)):
-            given = value.get(name)
-            for item in given if isinstance(given, list) else [given] if isinstance(given, dict) else []:
-                found += unknown_keys(kind, item, f"{where}{name}.")
-    return found
-
-
 @pytest.fixture
 def serve_config(service: dict[str, Any]) -> dict[str, Any]:
     return yaml.safe_load(service["spec"]["serveConfigV2"])
 
 
-def test_serve_accepts_its_configuration_and_ignores_nothing_of_it(serve_config: dict[str, Any]):
-    schema = ServeDeploySchema.model_validate(serve_config)
-    assert schema.http_options.request_timeout_s is None
-    assert unknown_keys(ServeDeploySchema, serve_config) == []
-
-
-def test_an_ignored_key_would_be_found(serve_config: dict[str, Any]):
-    """Serve's schema takes a misspelt key without a word; the check above does not."""
-    wrong = copy.deepcopy(serve_config)
-    wrong["applications"][0]["max_queue"] = 3
-    wrong["http_options"]["time_out"] = 3
-    ServeDeploySchema.model_validate(wrong)
-    assert unknown_keys(ServeDeploySchema, wrong) == ["http_options.time_out", "applications.max_queue"]
+def test_serve_and_we_read_the_configuration(serve_config: dict[str, Any], tmp_path: Path):
+    """Ray Serve's schema accepts it, and ours, which accepts nothing that would be ignored."""
+    assert ServeDeploySchema.model_validate(serve_config).http_options.request_timeout_s is None
+    (tmp_path / "serve.yaml").write_text(yaml.safe_dump(serve_config))
+    config = read_config(tmp_path / "serve.yaml")
+    assert config.host == "0.0.0.0"
+    assert list(config.models) == ["danube3-500m-chat"]
 
 
 def test_the_application_exists_and_takes_what_it_is_given(serve_config: dict[str, Any]):
-    (application,) = serve_config["applications"]
-    module, name = application["import_path"].split(":")
+    module, name = serve_config["applications"][0]["import_path"].split(":")
     build = getattr(importlib.import_module(module), name)
     assert list(inspect.signature(build).parameters) == ["args"], "Serve calls a builder with the args of the file"
-    fields = {field.name for field in dataclasses.fields(ServedModel)}
-    assert application["args"].keys() <= {"models"}
-    for model in application["args"]["models"].values():
-        assert model.keys() <= fields
-        paths = {name: Path(model[name]) for name in ("weights", "tokenizer_folder")}
-        ServedModel(**{**model, **paths})
+
+
+def test_a_public_address_has_keys_on_every_pod(service: dict[str, Any]):
+    """From a secret: the gate refuses to open a public port without them."""
+    for pod in pods(service).values():
+        environment = {variable["name"]: variable for variable in pod["containers"][0]["env"]}
+        assert environment[ENVIRONMENT]["valueFrom"].keys() == {"secretKeyRef"}
+
+
+def test_serve_is_as_fast_on_the_pods_as_on_a_local_cluster(service: dict[str, Any]):
+    for pod in pods(service).values():
+        environment = {variable["name"]: variable.get("value") for variable in pod["containers"][0]["env"]}
+        assert environment.items() >= SERVE_ENVIRONMENT.items()
+
+
+def test_answers_may_end_before_their_pod_does(service: dict[str, Any], serve_config: dict[str, Any]):
+    deadline_s = serve_config["applications"][0]["args"]["gate"]["deadline_s"] + DRAIN_MARGIN_S
+    assert service["spec"]["rayClusterDeletionDelaySeconds"] >= deadline_s
+    assert all(pod["terminationGracePeriodSeconds"] >= deadline_s for pod in pods(service).values())
 
 
 def test_an_engine_fits_its_pod(service: dict[str, Any], serve_config: dict[str, Any]):

@@ -15,13 +15,17 @@ from rich.console import Console
 from rich.table import Table
 
 from danube_ray.artifacts import ArtifactError
+from danube_ray.cli.chat import chat
 from danube_ray.cli.comparing import compare
 from danube_ray.cli.console import Positional, console, print_report, registry
 from danube_ray.cli.data import curate, tokenize, tokenizer
 from danube_ray.cli.inspect import inspect
-from danube_ray.cli.models import chat, evaluate, quantize, remap, serve
+from danube_ray.cli.keys import keys
+from danube_ray.cli.models import evaluate, remap
 from danube_ray.cli.planning import doctor, plan
 from danube_ray.cli.quality import quality
+from danube_ray.cli.quantization import quantize
+from danube_ray.cli.serving import serve
 from danube_ray.cli.trace import trace
 from danube_ray.cli.training import dpo, export, pretrain, search, sft
 from danube_ray.config import ConfigError, require
@@ -81,6 +85,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate,
     "quantize": quantize,
     "serve": serve,
+    "keys": keys,
     "chat": chat,
     "report": report,
     "compare": compare,

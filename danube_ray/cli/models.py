@@ -1,12 +1,10 @@
-"""Verbs for a finished model: remap, evaluate, quantize, serve, chat."""
+"""Verbs for a finished model: remap, evaluate."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
 from typing import Literal
-
-from rich.table import Table
 
 from danube_ray.cli.console import Positional, console, named_paths
 from danube_ray.config import require
@@ -90,89 +88,3 @@ def evaluate(
                 f"{row['task']} {row['metric']}: {row['value']:.3f} ± {row['stderr'] or 0:.3f} (n={row['n']})"
             )
     console.print(f"results in [bold]{out}[/bold]")
-
-
-def quantize(
-    model: Positional[Path],
-    tokens: Path,
-    out: Path = Path("runs/gguf"),
-    levels: tuple[str, ...] = ("F16", "Q8_0", "Q4_K_M"),
-    num_tokens: int = 32_768,
-) -> None:
-    """Write GGUF files of a Hugging Face folder and the table of what each level costs.
-
-    Args:
-        model: the Hugging Face folder.
-        tokens: a tokens folder; levels are compared on its held-out part.
-        out: where the files and quantization.json go.
-        levels: GGUF levels.
-        num_tokens: held-out tokens to compare on.
-    """
-    from danube_ray.data.shards import held_out_tokens
-    from danube_ray.quantize.levels import Level, check_level
-    from danube_ray.runtime import quantization
-
-    wanted: list[Level] = [check_level(level) for level in levels]
-    rows = quantization.quantize(model, out, held_out_tokens(tokens, num_tokens), wanted)
-    table = Table("level", "MiB", "bits/weight", "perplexity", "KLD mean", "KLD p99", "same top", "tokens/s", box=None)
-    for row in rows:
-        table.add_row(
-            row["level"],
-            f"{row['bytes'] / 2**20:,.2f}",
-            f"{row['bits_per_weight']:.2f}",
-            f"{row['perplexity']:.3f} ± {row['perplexity_error']:.3f}",
-            f"{row['kld_mean']:.5f}",
-            f"{row['kld_p99']:.4f}",
-            f"{row['same_top']:.2%}",
-            f"{row['tokens_per_s']:,.0f}",
-        )
-    console.print(table)
-
-
-def serve(
-    models: Positional[tuple[str, ...]],
-    tokenizer: Path,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    min_replicas: int = 1,
-    max_replicas: int = 1,
-    num_slots: int = 4,
-    num_threads: int = 2,
-) -> None:
-    """Serve GGUF models on Ray Serve: the OpenAI API under /v1, a chat page at /.
-
-    Args:
-        models: NAME=FILE.gguf each.
-        tokenizer: the folder whose tokenizer and chat template the models were trained with.
-        host: the address to listen on.
-        port: the port to listen on; 0 takes a free one.
-        min_replicas: engines kept of each model; 0 unloads an idle one.
-        max_replicas: engines of each model under load.
-        num_slots: answers that an engine generates at the same time.
-        num_threads: CPUs of an engine.
-    """
-    from danube_ray.config import ServeConfig, ServedModel
-    from danube_ray.runtime import serving
-
-    scale = {"min_replicas": min_replicas, "max_replicas": max_replicas}
-    served = {
-        name: ServedModel(
-            weights=file, tokenizer_folder=tokenizer, num_slots=num_slots, num_threads=num_threads, **scale
-        )
-        for name, file in named_paths(models).items()
-    }
-    serving.serve(ServeConfig(models=served, host=host, port=port))
-
-
-def chat(prompt: Positional[str], model: str, url: str = "http://127.0.0.1:8000", max_tokens: int = 256) -> None:
-    """Ask a served model one question.
-
-    Args:
-        prompt: the question.
-        model: the model's name there.
-        url: the server.
-        max_tokens: longest answer.
-    """
-    from danube_ray.inference.http import chat as ask
-
-    console.print(ask(url, model, prompt, max_tokens=max_tokens), markup=False, highlight=False)

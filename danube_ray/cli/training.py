@@ -61,14 +61,20 @@ def export(run: Positional[Path], tokenizer: Path, out: Path) -> None:
 
 
 def sft(config: Unprefixed[FinetuneConfig]) -> None:
-    """Fine-tune a Hugging Face folder on conversations, prompts masked, and export the result to RUN/model."""
+    """Fine-tune a Hugging Face folder on conversations, prompts masked, and export the result to RUN/model.
+
+    Under LoRA the model is the merged one, and the adapter alone is exported to RUN/adapter beside it.
+    """
     from danube_ray.runtime import training
 
     finetune(config, training.sft)
 
 
 def dpo(config: Unprefixed[DpoConfig]) -> None:
-    """Tune a Hugging Face folder on preference pairs with LoRA, and export the merged result to RUN/model."""
+    """Tune a Hugging Face folder on preference pairs with LoRA; export the merged model and the adapter.
+
+    They come to RUN/model and RUN/adapter; `danube serve BASE --adapters NAME=RUN/adapter` serves the base with it.
+    """
     from danube_ray.runtime import training
 
     finetune(config, training.dpo)
@@ -88,11 +94,13 @@ def saved_when_stopped() -> Iterator[None]:
 
 def finetune(config: Any, train: Callable[..., Path]) -> None:
     """Train, export beside the run, and say where everything lies."""
-    from danube_ray.posttrain.finetune import export
+    from danube_ray.posttrain.finetune import export, export_adapter
     from danube_ray.train.progress import Progress
 
     with saved_when_stopped():
         checkpoint = train(config, Progress(console))
     run = Path(config.output_dir) / config.name
     console.print(f"model  [bold]{export(checkpoint, config, run / 'model')}[/bold]")
+    if config.lora:
+        console.print(f"adapter  [bold]{export_adapter(checkpoint, config, run / 'adapter')}[/bold]")
     print_report(run)

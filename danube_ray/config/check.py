@@ -10,6 +10,11 @@ class ConfigError(ValueError):
         super().__init__(f"{setting} is {value!r}, allowed is {allowed}" + (f"; {remedy}" if remedy else ""))
         self._parts = (setting, value, allowed, remedy)
 
+    def inside(self, where: str) -> ConfigError:
+        """The same error of the setting as a file names it: `ServedModel.num_slots` lies at `where`.num_slots there."""
+        setting, *rest = self._parts
+        return ConfigError(f"{where}.{setting.rpartition('.')[2]}", *rest)
+
     def __reduce__(self) -> tuple[type[ConfigError], tuple[str, object, str, str]]:
         """Rebuilt from its parts: a worker raises it, the driver shows it."""
         return ConfigError, self._parts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,14 +56,16 @@ class ServedModel:
 class GateSettings:
     """What the gate lets through.
 
-    max_body_bytes: the longest request.
-    max_choices: answers of one request: `n` times the number of prompts.
-    deadline_s: the longest answer.
-    keys_file: hashes of the API keys (`danube_ray.serve.keys`); those of the environment come on top. Without any,
-        whoever reaches the server may use it.
-    cors_origins: web pages of other origins that browsers may let in; "*" is every one.
-    requests_per_minute, concurrent_requests: limits of one key, or of one address where there are no keys.
-    log_prompts: whether logs hold what was asked and answered. By default they don't.
+    Args:
+        max_body_bytes: the longest request.
+        max_choices: answers of one request: `n` times the number of prompts.
+        deadline_s: the longest answer, in seconds.
+        keys_file: API keys, as `danube keys` makes them; those in DANUBE_API_KEYS count as well. Without any, whoever
+            reaches the server may use it.
+        cors_origins: web pages of other origins that may ask from a browser; * is every one.
+        requests_per_minute: of one key, or of one address where there are no keys.
+        concurrent_requests: answers of one key, or address, at the same time.
+        log_prompts: let the log of requests hold what was asked and answered.
     """
 
     max_body_bytes: int = 2**20
@@ -78,6 +81,9 @@ class GateSettings:
         limits = ("requests_per_minute", "concurrent_requests")
         given = [name for name in limits if getattr(self, name) is not None]
         require_positive(self, "max_body_bytes", "max_choices", "deadline_s", *given)
+        for origin in self.cors_origins:
+            sent = origin == "*" or re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/,\s]+", origin)
+            require(bool(sent), "cors_origins", origin, "scheme://host[:port] as browsers send it, or *")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,6 +110,8 @@ def encode_content(text: str, tokenizer: Tokenizer) -> list[int]:
     piece: the same text, in ids that no marker has.
     """
     first, *rest = MARKER.split(text)
+    if rest and tokenizer.encode_continuation("<") == [tokenizer.byte_id(ord("<"))]:
+        raise ValueError("this tokenizer spells '<' as a byte, so a role marker in a text would be a real one")
     ids = tokenizer.encode(first) if first else [tokenizer.space_id]
     for continuation in rest:
         ids += [tokenizer.byte_id(ord("<")), *tokenizer.encode_continuation(continuation)]

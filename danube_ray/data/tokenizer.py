@@ -126,6 +126,7 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int) -> Toke
             remove_extra_whitespaces=False,
             add_dummy_prefix=True,
             character_coverage=_character_coverage(lines, (vocab_size - least) // 4),
+            required_chars="<|>",  # chat's role markers have pieces of their own: text that spells one gets other ids
             num_threads=TRAINING_THREADS,
             minloglevel=2,
         )

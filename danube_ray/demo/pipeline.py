@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 CORPUS_BYTES_PER_SOURCE = 4 * 2**20
 TOKENIZER_BYTES = 4 * 2**20
 SEARCH_TOKENS = 65_536
-LEVELS: tuple[Level, ...] = ("F16", "Q8_0", "Q4_K_M")
+LEVELS: tuple[Level, ...] = ("F16", "Q8_0", "Q5_K_M", "Q4_K_M", "Q4_0")
 KLD_TOKENS = 8_192
 QUESTIONS = ("What does json.loads do?", "What is os.path.join for?", "Describe textwrap.dedent.")
 CHAT_MODEL = "danube-nano-chat"
@@ -261,21 +261,19 @@ class Demo:
         }
 
     def quantize(self) -> dict[str, Any]:
+        """GGUF files of some levels, and how far each one's predictions are from the float model's."""
         from danube_ray.data.shards import held_out_tokens
+        from danube_ray.quantize.measure import passages
+        from danube_ray.runtime.measuring import Material, Meter
         from danube_ray.runtime.quantization import quantize
 
         self.start_ray()
-        tokens = held_out_tokens(self.root / "tokens", at_most=KLD_TOKENS)
+        chat, gguf = self.root / "chat", self.root / "gguf"
+        texts = passages(held_out_tokens(self.root / "tokens", at_most=KLD_TOKENS), context=256)
         with self.bar("quantizing") as on_progress:
-            done = iter(range(1, len(LEVELS) + 1))
-            rows = quantize(
-                self.root / "chat",
-                self.root / "gguf",
-                tokens,
-                LEVELS,
-                context=256,
-                on_level=lambda row: on_progress(next(done), len(LEVELS)),
-            )
+            quantize(chat, gguf, LEVELS, on_progress=on_progress)
+            meter = Meter(chat, gguf, Material(texts), on_progress=lambda _, done, total: on_progress(done, total))
+            rows = meter.measure(LEVELS)
         return {row["level"]: f"{row['bytes'] / 2**20:.2f} MiB, KLD {row['kld_mean']:.4f}" for row in rows}
 
     def served(self) -> ServedModel:
@@ -323,10 +321,10 @@ class Demo:
 
     def say_what_next(self, report: Path) -> None:
         sample = read_json(self.root / "samples.json")[0]
-        gguf, chat = shorten(self.root / "gguf" / "Q8_0.gguf"), shorten(self.root / "chat")
+        gguf = shorten(self.root / "gguf" / "Q8_0.gguf")
         self.console.print(f"\n[bold]{sample['prompt']}[/bold]\n{sample['answer']}\n", highlight=False)
         self.console.print(f"report  [bold]{shorten(report)}[/bold]")
-        self.console.print(f"serve   [bold]danube serve {CHAT_MODEL}={gguf} --tokenizer {chat}[/bold]", soft_wrap=True)
+        self.console.print(f"serve   [bold]danube serve {CHAT_MODEL}={gguf}[/bold]", soft_wrap=True)
 
 
 def settings(config: RunConfig | FinetuneConfig) -> dict[str, Any]:

@@ -78,22 +78,25 @@ def _read_questions(file: Path) -> list[dict[str, Any]]:
 def hugging_face_lm(model_folder: Path, *, device: str = "cpu", batch_size: int = 8) -> LM:
     """lm-eval's own transformers model over a local folder, in float32: the stock scores, nothing of ours between."""
     require((model_folder / "config.json").is_file(), "model folder", str(model_folder), "a folder with config.json")
-    _go_offline()
+    go_offline()
     from lm_eval.models.huggingface import HFLM
 
     model: Any = HFLM  # its decorators hide its signature from type checkers
     return model(str(model_folder), device=device, dtype="float32", batch_size=batch_size, trust_remote_code=False)
 
 
-def evaluate_tasks(lm: LM, tasks: Sequence[dict[str, Any]], limit: int | None = None) -> list[dict[str, Any]]:
+def evaluate_tasks(
+    lm: LM, tasks: Sequence[dict[str, Any]], limit: int | None = None, *, per_document: bool = False
+) -> list[dict[str, Any]]:
     """Run tasks (`multiple_choice_task`, or any lm-eval task dict) on their first `limit` documents.
 
     A row for each metric: task, metric, value, stderr, n (documents), num_fewshot, version (of the task),
-    lm_eval_version, and prompts_sha256, which two runs must share to be comparable.
+    lm_eval_version, and prompts_sha256, which two runs must share to be comparable. With `per_document` also values,
+    the metric of each document in order, from which two models' difference gets an error bar of its own.
     """
     require(bool(tasks), "tasks", [], "at least one task")
     require(limit is None or limit > 0, "limit", limit, "None or at least 1")
-    _go_offline()
+    go_offline()
     from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
 
@@ -103,10 +106,10 @@ def evaluate_tasks(lm: LM, tasks: Sequence[dict[str, Any]], limit: int | None = 
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
     output: Any = evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=1, log_samples=True)
-    return [row for name in loaded["tasks"] for row in _rows(output, name)]
+    return [row for name in loaded["tasks"] for row in _rows(output, name, per_document)]
 
 
-def _rows(output: dict[str, Any], name: str) -> Iterator[dict[str, Any]]:
+def _rows(output: dict[str, Any], name: str, per_document: bool) -> Iterator[dict[str, Any]]:
     """One task's metrics from lm-eval's output, whose keys read `acc,none` and `acc_stderr,none`."""
     results = output["results"][name]
     facts = {
@@ -121,10 +124,12 @@ def _rows(output: dict[str, Any], name: str) -> Iterator[dict[str, Any]]:
         if filtered and not metric.endswith("_stderr"):
             stderr = results[f"{metric}_stderr,{filtered}"]
             label = metric if filtered == "none" else key
-            yield {"task": name, "metric": label, "value": results[key], "stderr": stderr, **facts}
+            samples = [sample for sample in output["samples"][name] if sample["filter"] == filtered]
+            values = {"values": [sample[metric] for sample in samples]} if per_document else {}
+            yield {"task": name, "metric": label, "value": results[key], "stderr": stderr, **facts, **values}
 
 
-def _go_offline() -> None:
+def go_offline() -> None:
     """Switch the hub off, for this process and its children, unless the environment says otherwise already."""
     for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
         os.environ.setdefault(variable, "1")

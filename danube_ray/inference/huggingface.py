@@ -47,9 +47,9 @@ class HuggingFaceModel:
         self.context_length: int = config.max_position_embeddings
         self.eos_id: int = eos[0] if isinstance(eos, list) else eos
 
-    def logits(self, ids: Sequence[int]) -> np.ndarray:
-        """Next-token logits at every position of one sequence: (T, V) float32."""
-        return self._forward([ids])[0].cpu().numpy()
+    def logits(self, ids: Sequence[int], rows: Sequence[int] | None = None) -> np.ndarray:
+        """Next-token logits at every position of one sequence: (T, V) float32; or only at `rows`."""
+        return self._forward([ids], rows)[0].cpu().numpy()
 
     def log_probs(self, batch: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Log-probability (nats) of every token but the first of each sequence: (T - 1,) float32 each.
@@ -97,13 +97,15 @@ class HuggingFaceModel:
         return answer[: answer.index(self.eos_id)] if self.eos_id in answer else answer
 
     @torch.inference_mode()
-    def _forward(self, batch: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Logits (B, T, V) float32 of sequences padded to the longest."""
+    def _forward(self, batch: Sequence[Sequence[int]], rows: Sequence[int] | None = None) -> torch.Tensor:
+        """Logits (B, T, V) float32 of sequences padded to the longest; the head computes no more than `rows`."""
         for ids in batch:
             self._check_length(ids)
         longest = max(len(ids) for ids in batch)
         padded = [[*ids, *[self.eos_id] * (longest - len(ids))] for ids in batch]
-        return self._model(torch.tensor(padded, device=self._model.device), use_cache=False).logits.float()
+        kept = 0 if rows is None else torch.tensor(rows, device=self._model.device)  # 0 keeps all of them
+        tokens = torch.tensor(padded, device=self._model.device)
+        return self._model(tokens, use_cache=False, logits_to_keep=kept).logits.float()
 
     def _check_length(self, ids: Sequence[int]) -> None:
         allowed = f"1 to the context's {self.context_length}"

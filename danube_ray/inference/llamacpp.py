@@ -1,9 +1,10 @@
 """The one place that knows the xllamacpp wheel: llama.cpp's server class, and its C functions by ctypes.
 
 The wheel is one shared object that holds llama.cpp whole and exports its C interface. The Python class covers
-generation; logits of a whole prompt and the quantizers are reached by name. Structs that llama.cpp passes by value are
-declared with the fields that are set here first and room after them, so a field added at the end changes nothing, and
-`library` checks the known defaults before anything uses them. `pyproject.toml` pins the wheel exactly.
+generation; logits and hidden states of a whole prompt, and the quantizers, are reached by name. Structs that llama.cpp
+passes by value are declared with the fields that are set here first and room after them, so a field added at the end
+changes nothing, and `library` checks the known defaults before anything uses them. `pyproject.toml` pins the wheel
+exactly.
 """
 
 from __future__ import annotations
@@ -59,8 +60,12 @@ SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "llama_model_free": (None, [c_void_p]),
     "llama_model_get_vocab": (c_void_p, [c_void_p]),
     "llama_model_n_ctx_train": (c_int32, [c_void_p]),
+    "llama_model_n_embd_out": (c_int32, [c_void_p]),
+    "llama_adapter_lora_init": (c_void_p, [c_void_p, c_char_p]),  # freed with its model
     "llama_vocab_n_tokens": (c_int32, [c_void_p]),
     "llama_vocab_eos": (c_int32, [c_void_p]),
+    "llama_vocab_get_text": (c_char_p, [c_void_p, c_int32]),
+    "llama_token_to_piece": (c_int32, [c_void_p, c_int32, c_char_p, c_int32, c_int32, c_bool]),
     "llama_init_from_model": (c_void_p, [c_void_p, ContextParams]),
     "llama_free": (None, [c_void_p]),
     "llama_n_ctx": (c_uint32, [c_void_p]),
@@ -68,10 +73,14 @@ SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "llama_set_n_threads": (None, [c_void_p, c_int32, c_int32]),
     "llama_get_memory": (c_void_p, [c_void_p]),
     "llama_memory_clear": (None, [c_void_p, c_bool]),
+    "llama_memory_seq_rm": (c_bool, [c_void_p, c_int32, c_int32, c_int32]),
+    "llama_set_adapters_lora": (c_int32, [c_void_p, POINTER(c_void_p), c_size_t, POINTER(c_float)]),
+    "llama_set_embeddings": (None, [c_void_p, c_bool]),
     "llama_batch_init": (Batch, [c_int32, c_int32, c_int32]),
     "llama_batch_free": (None, [Batch]),
     "llama_decode": (c_int32, [c_void_p, Batch]),
     "llama_get_logits": (POINTER(c_float), [c_void_p]),
+    "llama_get_embeddings": (POINTER(c_float), [c_void_p]),
 }
 
 

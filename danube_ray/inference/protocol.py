@@ -15,8 +15,8 @@ class LanguageModel(Protocol):
     context_length: int
     eos_id: int
 
-    def logits(self, ids: Sequence[int]) -> np.ndarray:
-        """Next-token logits at every position of one sequence: (T, V) float32."""
+    def logits(self, ids: Sequence[int], rows: Sequence[int] | None = None) -> np.ndarray:
+        """Next-token logits at every position of one sequence: (T, V) float32; or only at `rows`, ascending."""
         ...
 
     def log_probs(self, batch: Sequence[Sequence[int]]) -> list[np.ndarray]:

@@ -88,8 +88,11 @@ def hf_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     return values if config.sliding_window is None else {**values, "sliding_window": config.sliding_window}
 
 
-def load_config(folder: Path) -> ModelConfig:
-    """The shape of the model in a Hugging Face folder; `ConfigError` when it is not one that `Transformer` computes."""
+def load_config(folder: Path, *, any_rope: bool = False) -> ModelConfig:
+    """The shape of the model in a Hugging Face folder; `ConfigError` when it is not one that `Transformer` computes.
+
+    With `any_rope`, scaled RoPE, which `Transformer` does not compute, is the caller's to look at.
+    """
     path = folder / "config.json"
     try:
         read = read_json(path)
@@ -98,10 +101,13 @@ def load_config(folder: Path) -> ModelConfig:
     architecture = (read.get("architectures") or ["none"])[0]
     require(architecture in IMPLIED, f"architectures in {path}", architecture, " or ".join(IMPLIED))
     values = {**IMPLIED[architecture], **read}
-    for key, plain in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu"), ("rope_scaling", None)):
+    for key, plain in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
         require(values.get(key, plain) in (plain, None), f"{key} in {path}", values.get(key), repr(plain))
     rope = values.get("rope_parameters") or {}
-    require(rope.get("rope_type", "default") == "default", f"rope_type in {path}", rope.get("rope_type"), "'default'")
+    if not any_rope:
+        require(not values.get("rope_scaling"), f"rope_scaling in {path}", values.get("rope_scaling"), "None")
+        kind = rope.get("rope_type", "default")
+        require(kind == "default", f"rope_type in {path}", kind, "'default'")
     require("quantization_config" not in values, f"quantization_config in {path}", "set", "unquantized weights")
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         require(key in values, f"{key} in {path}", None, "a number")

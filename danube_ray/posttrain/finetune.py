@@ -11,12 +11,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
-from danube_ray.artifacts import MANIFEST, content_hash, file_hash
-from danube_ray.config import FinetuneConfig, to_dict
+from danube_ray.artifacts import MANIFEST, complete_once, content_hash, file_hash
+from danube_ray.config import ConfigError, FinetuneConfig, to_dict
 from danube_ray.data.chat import CHAT_TEMPLATE
 from danube_ray.data.conversations import ConversationReader, PairReader
 from danube_ray.model.huggingface import load_config, load_model
-from danube_ray.posttrain.lora import add_adapters, merge
+from danube_ray.posttrain.lora import add_adapters, load_adapters, merge, save_adapters
 from danube_ray.train.checkpoint import MODEL
 from danube_ray.train.export import export_state
 from danube_ray.train.initial import weights_hashes
@@ -103,3 +103,20 @@ def export(checkpoint: Path, config: FinetuneConfig, out: Path, dtype: torch.dty
     # The checkpoint's manifest covers its state, and that the hash of the data and the base.
     inputs = {"checkpoint": file_hash(checkpoint / MANIFEST), "lora": config.lora, "dtype": str(dtype)}
     return export_state(state, load_config(base), base, out, inputs, dtype)
+
+
+def export_adapter(checkpoint: Path, config: FinetuneConfig, out: Path) -> Path:
+    """The trained adapters alone, in float32, as a folder of PEFT for the base, which `danube serve --adapters` takes.
+
+    Written once for the same checkpoint and place of the base. `ConfigError` for a run that trained all weights.
+    """
+    lora, base = config.lora, Path(config.base).resolve()
+    if lora is None:
+        raise ConfigError("FinetuneConfig.lora", None, "a LoraConfig", "a run without adapters leaves a model only")
+
+    def write(folder: Path) -> None:
+        bare = add_adapters(load_model(base, device="meta"), lora)  # names and shapes: the base's weights stay on disk
+        save_adapters(load_adapters(bare, load_file(checkpoint / MODEL)), base, folder)
+
+    complete_once(out, {"checkpoint": file_hash(checkpoint / MANIFEST), "lora": lora, "base": str(base)}, write)
+    return out

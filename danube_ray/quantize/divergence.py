@@ -6,7 +6,7 @@ below zero. The measures are those of llama.cpp's tables (`llama-perplexity --kl
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,46 +34,49 @@ class Divergence:
     reference_perplexity: float
 
 
-def compare(pairs: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Divergence:
-    """Divergence from windows of (reference logits (T, V), quantized logits (T, V), ids (T,)).
+@dataclass(frozen=True)
+class WindowScores:
+    """One window's R positions, each (R,): KLD and both losses in nats, and whether both tops are the same token."""
 
-    The last position of a window predicts nothing that is known, so T - 1 count. One window is held at a time.
-    """
-    kld_sums, same_sums, losses, reference_losses, counts = [], [], [], [], []
-    divergences: list[np.ndarray] = []
-    for reference, quantized, ids in pairs:
-        kld, same, loss, reference_loss = _window(reference[:-1], quantized[:-1], np.asarray(ids[1:], dtype=np.int64))
-        divergences.append(kld.astype(np.float32))
-        kld_sums.append(float(kld.sum()))
-        same_sums.append(same)
-        losses.append(loss)
-        reference_losses.append(reference_loss)
-        counts.append(len(kld))
-    kld_mean, same_top = token_mean(kld_sums, counts), token_mean(same_sums, counts)
-    perplexity = token_mean(losses, counts).exp()
+    kld: np.ndarray
+    same: np.ndarray
+    loss: np.ndarray
+    reference_loss: np.ndarray
+
+    def at(self, chosen: np.ndarray) -> WindowScores:
+        """The positions that a mask (R,) marks."""
+        return WindowScores(self.kld[chosen], self.same[chosen], self.loss[chosen], self.reference_loss[chosen])
+
+
+def score(reference: np.ndarray, quantized: np.ndarray, labels: np.ndarray) -> WindowScores:
+    """Compare logits (R, V) of both models at R positions whose next tokens are `labels` (R,)."""
+    rows = len(labels)
+    scores = WindowScores(np.empty(rows), np.empty(rows, dtype=bool), np.empty(rows), np.empty(rows))
+    for start in range(0, rows, BLOCK_ROWS):
+        block = slice(start, start + BLOCK_ROWS)
+        wanted, got = log_softmax(reference[block]), log_softmax(quantized[block])
+        scores.kld[block] = (np.exp(wanted) * (wanted - got)).sum(axis=1)
+        scores.same[block] = wanted.argmax(axis=1) == got.argmax(axis=1)
+        at = np.arange(len(wanted)), labels[block]
+        scores.loss[block], scores.reference_loss[block] = -got[at], -wanted[at]
+    return scores
+
+
+def summarize(windows: Sequence[WindowScores]) -> Divergence:
+    """The divergence over all positions of all windows."""
+    counts = [len(window.kld) for window in windows]
+    kld = token_mean([float(window.kld.sum()) for window in windows], counts)
+    same_top = token_mean([float(window.same.sum()) for window in windows], counts)
+    perplexity = token_mean([float(window.loss.sum()) for window in windows], counts).exp()
+    reference = token_mean([float(window.reference_loss.sum()) for window in windows], counts).exp()
     return Divergence(
         positions=sum(counts),
-        kld_mean=kld_mean.value,
-        kld_error=kld_mean.error,
-        kld_p99=float(np.quantile(np.concatenate(divergences), 0.99)),
+        kld_mean=kld.value,
+        kld_error=kld.error,
+        kld_p99=float(np.quantile(np.concatenate([window.kld for window in windows]), 0.99)),
         same_top=same_top.value,
         same_top_error=same_top.error,
         perplexity=perplexity.value,
         perplexity_error=perplexity.error,
-        reference_perplexity=token_mean(reference_losses, counts).exp().value,
+        reference_perplexity=reference.value,
     )
-
-
-def _window(reference: np.ndarray, quantized: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, float, float, float]:
-    """KL(reference || quantized) at each position (T,), positions with the same top, and both losses, summed."""
-    kld = np.empty(len(labels))
-    same = loss = reference_loss = 0.0
-    for start in range(0, len(labels), BLOCK_ROWS):
-        rows = slice(start, start + BLOCK_ROWS)
-        wanted, got = log_softmax(reference[rows]), log_softmax(quantized[rows])
-        kld[rows] = (np.exp(wanted) * (wanted - got)).sum(axis=1)
-        same += float((wanted.argmax(axis=1) == got.argmax(axis=1)).sum())
-        at = np.arange(len(wanted)), labels[rows]
-        loss -= float(got[at].sum())
-        reference_loss -= float(wanted[at].sum())
-    return kld, same, loss, reference_loss

@@ -1,36 +1,47 @@
-"""A Hugging Face folder (Llama or Mistral) to one GGUF file, at any level of `danube_ray.quantize.levels`.
+"""A Hugging Face folder (Llama or Mistral) to GGUF files, at any levels of `danube_ray.quantize.levels`.
 
-The header is written first, from the shapes alone; then each tensor is read, quantized by llama.cpp's own code and
-written, so memory holds one tensor at a time. The file appears under its name only when it is whole.
+Headers are written first, from shapes alone; then the weights, a span of rows at a time: read once, quantized by
+llama.cpp's own code for every level that wants it, and written to its place. Spans depend on nothing but the open
+files, so threads of one process or tasks all over a cluster take them in any order, and memory holds a few spans. Files
+appear under their names together, when all are whole.
 """
 
 from __future__ import annotations
 
 import os
-import re
+import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
-from math import ceil
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_VERSION, MODEL_ARCH, GGUFWriter, TokenType, get_tensor_name_map
+from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
 from gguf import GGMLQuantizationType as Type
-from gguf.quants import quantize as quantize_in_numpy
 from safetensors import SafetensorError, safe_open
-from sentencepiece import SentencePieceProcessor
 
-from danube_ray.artifacts import read_json
+from danube_ray.artifacts import read_json, require_space
 from danube_ray.config import ConfigError, ModelConfig, require
 from danube_ray.inference.llamacpp import library
 from danube_ray.model.huggingface import EMBEDDING, HEAD, INDEX, WEIGHTS, check_weights, load_config
-from danube_ray.quantize.levels import PLAIN_TYPES, Level, Shape, check_level, file_type, size_bytes, tensor_type
+from danube_ray.quantize.header import llama3_factors, rope_settings, write_header
+from danube_ray.quantize.imatrix import ImportanceMatrix
+from danube_ray.quantize.levels import Level, check_level, size_bytes, tensor_shapes, tensor_types
+
+SPAN_WEIGHTS = 8 * 2**20  # of one span: 32 MiB as float32, two seconds of a core at the slowest type
+ROPE_FACTORS = "rope_freqs.weight"
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 
 
 @dataclass(frozen=True)
@@ -44,206 +55,241 @@ class GgufFacts:
 
 
 @dataclass(frozen=True)
-class _Tensor:
-    """One tensor of the file: GGUF's name, shape and type, and how to read it as float32."""
+class Target:
+    """Where the bytes of a tensor start in one file, and of which type they are."""
+
+    file: Path
+    offset: int
+    kind: Type
+
+
+@dataclass(frozen=True)
+class Span:
+    """Some rows of one tensor, where they are read and where they go."""
 
     name: str
+    source: Path
+    key: str
+    first_row: int
+    num_rows: int
+    num_columns: int
+    head_rows: int  # rows of a head of queries or keys, which change places; else 0
+    importance: np.ndarray | None  # (columns,) float32
+    targets: tuple[Target, ...]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One tensor of a Hugging Face folder, unread."""
+
+    source: Path
+    key: str
     shape: tuple[int, ...]
-    kind: Type
-    fell_back: bool
-    read: Callable[[], np.ndarray]
-
-    @property
-    def num_weights(self) -> int:
-        return int(np.prod(self.shape))
 
 
-def convert(model_folder: Path, out_file: Path, level: Level, num_threads: int = 1) -> GgufFacts:
-    """Write `out_file` from the model and tokenizer in `model_folder`; `ConfigError` when the folder can't be used.
+@dataclass
+class Conversion:
+    """The spans that fill the files; once they are all written, and the files renamed, `facts` of each level."""
 
-    The context length in the header is capped at the sliding window, which llama.cpp ignores for this architecture.
+    spans: list[Span]
+    facts: dict[Level, GgufFacts] = field(default_factory=dict)
+
+
+def convert(
+    model_folder: Path,
+    out_file: Path,
+    level: Level,
+    num_threads: int = 1,
+    importance: ImportanceMatrix | None = None,
+) -> GgufFacts:
+    """Write `out_file` from the model and tokenizer in `model_folder`; `ConfigError` when the folder can't be used."""
+    with (
+        converting(model_folder, {level: out_file}, importance) as conversion,
+        ThreadPoolExecutor(num_threads) as pool,
+    ):
+        list(pool.map(write_span, conversion.spans))
+    return conversion.facts[level]
+
+
+@contextmanager
+def converting(
+    model_folder: Path, files: Mapping[Level, Path], importance: ImportanceMatrix | None = None
+) -> Iterator[Conversion]:
+    """Files for several levels, open for the spans of the block; they get their names when it ends well.
+
+    An error in the block, or `ConfigError` for a folder that can't be used, leaves what was there before. The folders
+    of `files` must be on a disk that all who write spans see.
     """
-    check_level(level)
-    config = load_config(model_folder)
-    out_file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=out_file.parent, prefix=f".{out_file.name}.")
-    os.close(descriptor)
-    try:
-        with ExitStack() as stack:
-            tensors = _tensors(model_folder, config, level, stack)
-            writer = GGUFWriter(Path(temporary), "llama")
-            stack.callback(writer.close)
-            _write_model_header(writer, model_folder, config, level)
-            _write_tokenizer_header(writer, model_folder, config.vocab_size)
-            _write_tensors(writer, tensors, num_threads)
-        with Path(temporary).open("rb") as file:
+    config = load_config(model_folder, any_rope=True)
+    weights, tied = _weights(model_folder, config)
+    if importance:
+        importance.require_of(config, tied)
+    with ExitStack() as stack:
+        opened = {}
+        for level, path in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            os.close(descriptor)
+            stack.callback(Path(temporary).unlink, missing_ok=True)
+            opened[level] = _open_file(Path(temporary), model_folder, config, check_level(level), tied, importance)
+        needed_bytes = sum(file.path.stat().st_size for file in opened.values())  # only headers are written so far
+        require_space(next(iter(files.values())).parent, needed_bytes, f"{', '.join(files)} of {model_folder.name}")
+        conversion = Conversion(_spans(weights, config, list(opened.values()), importance))
+        yield conversion
+        for level, path in files.items():
+            conversion.facts[level] = opened[level].finish(path)
+
+
+@dataclass(frozen=True)
+class OpenFile:
+    """A file with its header written and room for every tensor, under a name of its own."""
+
+    path: Path
+    targets: dict[str, Target]
+    shapes: dict[str, tuple[int, ...]]
+    fallbacks: tuple[str, ...]
+
+    def finish(self, path: Path) -> GgufFacts:
+        with self.path.open("rb") as file:
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(out_file)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    num_weights = sum(tensor.num_weights for tensor in tensors)
-    num_bytes = sum(size_bytes(tensor.kind, tensor.num_weights) for tensor in tensors)
-    return GgufFacts(
-        bytes=out_file.stat().st_size,
-        bits_per_weight=8 * num_bytes / num_weights,
-        histogram=dict(Counter(tensor.kind.name for tensor in tensors)),
-        fallbacks=tuple(tensor.name for tensor in tensors if tensor.fell_back),
-    )
+        self.path.chmod(0o644)  # mkstemp makes files private to their owner
+        self.path.replace(path)
+        num_weights = sum(prod(shape) for shape in self.shapes.values())
+        num_bytes = sum(size_bytes(self.targets[name].kind, prod(shape)) for name, shape in self.shapes.items())
+        return GgufFacts(
+            bytes=path.stat().st_size,
+            bits_per_weight=8 * num_bytes / num_weights,
+            histogram=dict(Counter(target.kind.name for target in self.targets.values())),
+            fallbacks=self.fallbacks,
+        )
 
 
-def _write_model_header(writer: GGUFWriter, model_folder: Path, config: ModelConfig, level: Level) -> None:
-    writer.add_name(model_folder.resolve().name)
-    writer.add_file_type(file_type(level))
-    writer.add_quantization_version(GGML_QUANT_VERSION)
-    writer.add_context_length(min(config.context_length, config.sliding_window or config.context_length))
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-
-
-def _write_tokenizer_header(writer: GGUFWriter, model_folder: Path, vocab_size: int) -> None:
-    """Pieces, scores and types of `tokenizer.model`, padded with unused pieces up to the embedding's rows."""
-    model_file = model_folder / "tokenizer.model"
-    require(model_file.is_file(), "tokenizer", str(model_file), "a sentencepiece model beside the weights")
-    pieces = SentencePieceProcessor(model_file=str(model_file))
-    num_pieces = pieces.vocab_size()
-    marks = (pieces.unk_id(), pieces.bos_id(), pieces.eos_id())
-    require(min(marks) >= 0, f"ids of <unk>, <s> and </s> in {model_file}", marks, "pieces of the vocabulary")
-    require(num_pieces <= vocab_size, "vocab_size", vocab_size, f"at least the tokenizer's {num_pieces} pieces")
-
-    def kind(piece: int) -> TokenType:
-        if pieces.is_unknown(piece):
-            return TokenType.UNKNOWN
-        if pieces.is_control(piece):
-            return TokenType.CONTROL
-        if pieces.is_byte(piece):
-            return TokenType.BYTE
-        return TokenType.UNUSED if pieces.is_unused(piece) else TokenType.NORMAL
-
-    padding = range(num_pieces, vocab_size)
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(
-        [pieces.id_to_piece(i).encode() for i in range(num_pieces)] + [b"[PAD%d]" % i for i in padding]
-    )
-    writer.add_token_scores([pieces.get_score(i) for i in range(num_pieces)] + [-1000.0 for _ in padding])
-    writer.add_token_types([kind(i) for i in range(num_pieces)] + [TokenType.UNUSED for _ in padding])
-    writer.add_unk_token_id(marks[0])
-    writer.add_bos_token_id(marks[1])
-    writer.add_eos_token_id(marks[2])
-    writer.add_add_bos_token(True)
-    writer.add_add_eos_token(False)
-    # sentencepiece's add_dummy_prefix, seen from outside: does the first word get the space marker?
-    writer.add_add_space_prefix(pieces.encode("a", out_type=str)[0].startswith("▁"))
-    if template := _chat_template(model_folder):
-        writer.add_chat_template(template)
-
-
-def _chat_template(model_folder: Path) -> str | None:
-    if (model_folder / "chat_template.jinja").is_file():
-        return (model_folder / "chat_template.jinja").read_text()
-    if (model_folder / "tokenizer_config.json").is_file():
-        return read_json(model_folder / "tokenizer_config.json").get("chat_template")
-    return None
-
-
-def _tensors(model_folder: Path, config: ModelConfig, level: Level, stack: ExitStack) -> list[_Tensor]:
-    """Every tensor of the folder's safetensors files in llama.cpp's order, unread; files stay open in `stack`."""
-    slices = dict(_open_slices(model_folder, stack))
-    shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
-    tied = HEAD not in slices and bool(read_json(model_folder / "config.json").get("tie_word_embeddings"))
-    head = {HEAD: shapes.get(EMBEDDING, ())} if tied else {}  # llama.cpp takes the embeddings where no head is
-    check_weights({**head, **shapes}, config, str(model_folder))
-    shape = Shape(config.num_layers, config.num_heads, config.num_kv_heads, tied)
-    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_layers)
-    tensors = []
-    for key, part in slices.items():
-        name = names.get_name(key, try_suffixes=(".weight",))
-        assert name is not None  # check_weights let only a Llama's weights through
-        rotated = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}.get(name.split(".")[-2])
-        size = shapes[key]
-        kind, fell_back = (Type.F32, False) if len(size) == 1 else tensor_type(level, name, size[-1], shape)
-        tensors.append(_Tensor(name, size, kind, fell_back, partial(_read, part, rotated)))
-    return sorted(tensors, key=lambda tensor: _file_order(tensor.name))
-
-
-def _open_slices(model_folder: Path, stack: ExitStack) -> Iterator[tuple[str, Any]]:
-    """(name, unread slice) of every weight; a sharded model's index says which files are the model."""
-    index = model_folder / INDEX
-    files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [WEIGHTS]
-    for file in files:
-        path = model_folder / file
-        require(path.is_file(), "weights of the model", str(path), "a safetensors file that is there")
-        try:
-            handle = stack.enter_context(safe_open(path, framework="pt"))
-        except SafetensorError as error:
-            raise ConfigError("weights of the model", str(path), f"a whole safetensors file ({error})") from None
-        for key in handle.keys():  # noqa: SIM118 (not a mapping)
-            if not key.endswith("rotary_emb.inv_freq"):  # computed by every reader; old exports stored it
-                yield key, handle.get_slice(key)
-
-
-def _file_order(name: str) -> tuple[int, int, str]:
-    """Embeddings, then layers by number, then the final norm and head."""
-    match = re.match(r"blk\.(\d+)\.", name)
-    return (1, int(match[1]), name) if match else (0 if name.startswith("token_embd") else 2, 0, name)
-
-
-def _read(part: Any, rotated_heads: int | None) -> np.ndarray:
-    """A weight as float32; query and key rows reordered from rotate-half to llama.cpp's rotation of neighbours."""
-    weight = part[:].float().numpy()
-    if rotated_heads is None:
-        return weight
-    rows, columns = weight.shape
-    halves = weight.reshape(rotated_heads, 2, rows // rotated_heads // 2, columns)
-    return halves.swapaxes(1, 2).reshape(rows, columns)
-
-
-def _write_tensors(writer: GGUFWriter, tensors: list[_Tensor], num_threads: int) -> None:
-    for tensor in tensors:
-        num_bytes = size_bytes(tensor.kind, tensor.num_weights)
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), num_bytes, raw_dtype=tensor.kind)
+def _open_file(
+    path: Path, model_folder: Path, config: ModelConfig, level: Level, tied: bool, importance: ImportanceMatrix | None
+) -> OpenFile:
+    """Write the header of one level's file, make room for its tensors, and fill in those that are not weights."""
+    shapes, types = tensor_shapes(config, tied), tensor_types(level, config, tied, importance is not None)
+    rope = rope_settings(model_folder)
+    factors = llama3_factors(config, rope) if rope["rope_type"] == "llama3" else None
+    if factors is not None:
+        shapes = _in_order({**shapes, ROPE_FACTORS: factors.shape})
+        types[ROPE_FACTORS] = (Type.F32, False)
+    writer = GGUFWriter(path, "llama")
+    write_header(writer, model_folder, config, level, importance)
+    sizes = {name: size_bytes(types[name][0], prod(shape)) for name, shape in shapes.items()}
+    for name, shape in shapes.items():
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), sizes[name], raw_dtype=types[name][0])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    with ThreadPoolExecutor(num_threads) as pool:
-        for tensor in tensors:
-            weight = tensor.read()
-            if not np.isfinite(weight).all():
-                raise ConfigError(f"weights of {tensor.name}", "not finite", "finite numbers", "the model is broken")
-            writer.write_tensor_data(quantize(weight, tensor.kind, pool, num_threads))
+    writer.close()
+    offset, targets = path.stat().st_size, {}
+    for name in shapes:
+        offset = GGUFWriter.ggml_pad(offset, writer.data_alignment)
+        targets[name] = Target(path, offset, types[name][0])
+        offset += sizes[name]
+    os.truncate(path, GGUFWriter.ggml_pad(offset, writer.data_alignment))
+    if factors is not None:
+        _write_at(targets[ROPE_FACTORS], 0, factors)
+    return OpenFile(path, targets, shapes, tuple(name for name, (_, fell_back) in types.items() if fell_back))
 
 
-def quantize(weight: np.ndarray, kind: Type, pool: ThreadPoolExecutor, num_threads: int) -> np.ndarray:
-    """Float32 `weight` (rows, columns) in a type's bytes; rows are independent, so threads take a span each."""
-    if kind == Type.F32:
-        return weight
+def _in_order(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Tensors outside of layers by name, then the layers, as llama.cpp's quantizer writes them."""
+    outside = sorted(name for name in shapes if not name.startswith("blk."))
+    return {**{name: shapes[name] for name in outside}, **shapes}
+
+
+def _weights(model_folder: Path, config: ModelConfig) -> tuple[dict[str, Weights], bool]:
+    """Every weight of the folder's safetensors files by GGUF's name, unread, and whether the embeddings are the head.
+
+    A sharded model's index says which files are the model.
+    """
+    index = model_folder / INDEX
+    found: dict[str, Weights] = {}
+    for file in sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [WEIGHTS]:
+        path = (model_folder / file).resolve()
+        require(path.is_file(), "weights of the model", str(path), "a safetensors file that is there")
+        try:
+            with safe_open(path, framework="pt") as handle:
+                for key in handle.keys():  # noqa: SIM118 (not a mapping)
+                    if not key.endswith("rotary_emb.inv_freq"):  # computed by every reader; old exports stored it
+                        found[key] = Weights(path, key, tuple(handle.get_slice(key).get_shape()))
+        except SafetensorError as error:
+            raise ConfigError("weights of the model", str(path), f"a whole safetensors file ({error})") from None
+    tied = HEAD not in found and bool(read_json(model_folder / "config.json").get("tie_word_embeddings"))
+    shapes = {key: weights.shape for key, weights in found.items()}
+    head = {HEAD: shapes.get(EMBEDDING, ())} if tied else {}  # llama.cpp takes the embeddings where no head is
+    check_weights({**head, **shapes}, config, str(model_folder))
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_layers)
+    return {str(names.get_name(key, try_suffixes=(".weight",))): weights for key, weights in found.items()}, tied
+
+
+def _spans(
+    weights: dict[str, Weights], config: ModelConfig, files: list[OpenFile], importance: ImportanceMatrix | None
+) -> list[Span]:
+    """All rows of all tensors in spans of about `SPAN_WEIGHTS`, the largest first; heads are not cut."""
+    spans = []
+    for name, found in weights.items():
+        rows, columns = found.shape if len(found.shape) == 2 else (1, found.shape[0])
+        head_rows = config.head_dim if name.split(".")[-2] in ("attn_q", "attn_k") else 0
+        unit = head_rows or 1
+        step = max(1, SPAN_WEIGHTS // (unit * columns)) * unit
+        targets = tuple(file.targets[name] for file in files)
+        scale = importance.weights(name) if importance else None
+        for first in range(0, rows, step):
+            count = min(step, rows - first)
+            spans.append(Span(name, found.source, found.key, first, count, columns, head_rows, scale, targets))
+    return sorted(spans, key=lambda span: -span.num_rows * span.num_columns)
+
+
+def write_span(span: Span) -> None:
+    """Read the rows of a span, and write them to every file at its type; a type that several want is computed once.
+
+    `ConfigError` when a weight is not finite, or too large for a type.
+    """
+    with safe_open(span.source, framework="pt") as handle:
+        part = handle.get_slice(span.key)
+        flat = len(part.get_shape()) == 1
+        weight = (part[:] if flat else part[span.first_row : span.first_row + span.num_rows]).float().numpy()
+    if not np.isfinite(weight).all():
+        raise ConfigError(f"weights of {span.name}", "not finite", "finite numbers", "the model is broken")
+    if span.head_rows:  # from halves that rotate together to llama.cpp's neighbours
+        weight = weight.reshape(-1, 2, span.head_rows // 2, span.num_columns).swapaxes(1, 2)
+    rows = np.ascontiguousarray(weight).reshape(span.num_rows, span.num_columns)
+    for kind in {target.kind for target in span.targets}:
+        data = quantize(rows, kind, span.importance)
+        for target in span.targets:
+            if target.kind == kind:
+                _write_at(target, span.first_row * data.nbytes // len(rows), data)
+
+
+def _write_at(target: Target, start_bytes: int, data: np.ndarray) -> None:
+    with target.file.open("r+b") as file:
+        file.seek(target.offset + start_bytes)
+        file.write(data.data)
+
+
+def quantize(weight: np.ndarray, kind: Type, importance: np.ndarray | None = None) -> np.ndarray:
+    """Float32 `weight` (rows, columns) in a type's bytes, (rows, bytes) uint8, by llama.cpp's own code.
+
+    `importance` (columns,) float32 is what rounding weighs the error of each column by. `ConfigError` for weights that
+    float16 can't hold.
+    """
+    rows, columns = weight.shape
+    out = np.empty((rows, size_bytes(kind, columns)), np.uint8)
+    scale = None if importance is None else importance.ctypes.data
     if kind == Type.F16:
         largest = float(np.abs(weight).max())
         require(largest <= 65504, "largest weight at F16", largest, "at most 65504", "BF16 holds it")
-    if kind in PLAIN_TYPES:
-        return quantize_in_numpy(weight, kind)
-    weight = np.ascontiguousarray(weight)
-    rows, columns = weight.shape
-    out = np.empty((rows, size_bytes(kind, columns)), np.uint8)
-    span = ceil(rows / num_threads)
-
-    def quantize_rows(first: int) -> int:
-        count = min(span, rows - first)
-        return library().ggml_quantize_chunk(
-            int(kind), weight.ctypes.data, out.ctypes.data, first * columns, count, columns, None
-        )
-
-    written = sum(pool.map(quantize_rows, range(0, rows, span)))
+    written = library().ggml_quantize_chunk(int(kind), weight.ctypes.data, out.ctypes.data, 0, rows, columns, scale)
     if written != out.nbytes:
         raise RuntimeError(f"llama.cpp wrote {written} bytes of {out.nbytes} as {kind.name}")
     return out
+
+
+def copy_tokenizer(model_folder: Path, out_dir: Path) -> None:
+    """Put the tokenizer's files beside the GGUF files, where `danube serve` looks for them."""
+    for name in TOKENIZER_FILES:
+        if (model_folder / name).is_file() and model_folder.resolve() != out_dir.resolve():
+            shutil.copyfile(model_folder / name, out_dir / name)

@@ -1,9 +1,9 @@
 """Quantization levels and which tensor gets which type: llama.cpp's mixing rule for dense Llama models.
 
 A level such as Q4_K_M is a mix: most matrices at its base type, the sensitive ones (output, values, down projection)
-at a wider one. The rule is llama.cpp's (`src/llama-quant.cpp`, without importance matrices), so that a file made here
-is the file its own quantizer makes. K types pack 256 weights of a row; rows that 256 does not divide fall back to a
-wider type of block 32, and those that 32 does not divide to F16.
+at a wider one. The rule is llama.cpp's (`src/llama-quant.cpp`), so that a file made here is the file its own quantizer
+makes. K types pack 256 weights of a row; rows that 256 does not divide fall back to a wider type of block 32, and those
+that 32 does not divide to F16. Nothing here needs weights: what a file will hold follows from the model's shape.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Literal, get_args
 from gguf import GGML_QUANT_SIZES, LlamaFileType
 from gguf import GGMLQuantizationType as Type
 
-from danube_ray.config import require
+from danube_ray.config import ModelConfig, require
 
 Level = Literal["F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K"]
 LEVELS: tuple[Level, ...] = get_args(Level)
@@ -40,6 +40,11 @@ class Shape:
     num_heads: int
     num_kv_heads: int
     tied_embeddings: bool
+    with_importance: bool = False  # whether an importance matrix is used
+
+    @staticmethod
+    def of(config: ModelConfig, tied_embeddings: bool = False, with_importance: bool = False) -> Shape:
+        return Shape(config.num_layers, config.num_heads, config.num_kv_heads, tied_embeddings, with_importance)
 
 
 def check_level(level: str) -> Level:
@@ -51,6 +56,41 @@ def check_level(level: str) -> Level:
 def file_type(level: Level) -> LlamaFileType:
     """GGUF's `general.file_type` of a level."""
     return LlamaFileType.ALL_F32 if level == "F32" else LlamaFileType[f"MOSTLY_{level}"]
+
+
+def tensor_shapes(config: ModelConfig, tied_embeddings: bool = False) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a model by GGUF's name, (rows, columns) or (columns,), in the order of llama.cpp's files.
+
+    A model with tied embeddings has no `output.weight`: llama.cpp takes `token_embd.weight` there.
+    """
+    hidden, ffn = config.hidden_size, config.intermediate_size
+    query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    embedding = (config.vocab_size, hidden)
+    head = {} if tied_embeddings else {"output.weight": embedding}
+    layer = {
+        "attn_k": (kv, hidden),
+        "attn_norm": (hidden,),
+        "attn_output": (hidden, query),
+        "attn_q": (query, hidden),
+        "attn_v": (kv, hidden),
+        "ffn_down": (hidden, ffn),
+        "ffn_gate": (ffn, hidden),
+        "ffn_norm": (hidden,),
+        "ffn_up": (ffn, hidden),
+    }
+    layers = {f"blk.{i}.{part}.weight": size for i in range(config.num_layers) for part, size in layer.items()}
+    return {**head, "output_norm.weight": (hidden,), "token_embd.weight": embedding, **layers}
+
+
+def tensor_types(
+    level: Level, config: ModelConfig, tied_embeddings: bool = False, with_importance: bool = False
+) -> dict[str, tuple[Type, bool]]:
+    """The type of every tensor of `tensor_shapes` at a level, and whether it is a fallback; norms stay F32."""
+    shape = Shape.of(config, tied_embeddings, with_importance)
+    return {
+        name: (Type.F32, False) if len(size) == 1 else tensor_type(level, name, size[-1], shape)
+        for name, size in tensor_shapes(config, tied_embeddings).items()
+    }
 
 
 def tensor_type(level: Level, name: str, columns: int, shape: Shape) -> tuple[Type, bool]:
@@ -78,6 +118,8 @@ def mixed_type(level: Level, name: str, shape: Shape) -> Type:
     if part == "ffn_down":
         early = layer < shape.num_layers // 16
         wider = {"Q3_K_M": Type.Q5_K if early else Type.Q4_K, "Q2_K": Type.Q3_K}
+        if level == "Q4_0" and shape.with_importance and layer < shape.num_layers // 8:
+            return Type.Q4_1  # with an importance matrix, Q4_0's first down projections can go astray
         return Type.Q6_K if _keeps_more_bits(level, layer, shape) else wider.get(level, base)
     if part == "attn_output":
         return {"Q3_K_M": Type.Q4_K, "Q2_K": Type.Q3_K}.get(level, base)

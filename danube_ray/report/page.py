@@ -15,6 +15,7 @@ from danube_ray.artifacts import write_atomically
 from danube_ray.report import units
 from danube_ray.report.figures import loss_by_step, loss_by_tokens
 from danube_ray.report.machine import machine_by_tokens
+from danube_ray.report.quantization import found_at, quantization
 from danube_ray.report.run import Row, RunArtifacts, Training, read_run
 from danube_ray.report.training import events, status, written
 
@@ -52,6 +53,7 @@ def environment() -> jinja2.Environment:
     )
     for name in ("count", "short_count", "size", "duration", "decimal", "measured", "percent"):
         made.filters[name] = getattr(units, name)
+    made.globals["found_at"] = found_at
     return made
 
 
@@ -91,6 +93,8 @@ def summary(run: RunArtifacts) -> str:
     """One sentence on what the run is."""
     if not run.pretraining:
         names = [POSTTRAINING_TITLES.get(name, "Training") for name in run.posttraining]
+        if not names and run.quantization:
+            return f"What {len(run.quantization)} quantized levels of a model cost, and what they save."
         return f"{' and '.join(names)}." if names else ""
     parameters = run.pretraining.num_parameters
     model = f"A model of {units.count(parameters)} parameters" if parameters else "A model"
@@ -207,14 +211,6 @@ def result(row: Row) -> dict[str, Any]:
     metric = row["metric"].removesuffix(",none")
     return {"task": row["task"], "metric": metric, "value": value, "stderr": error, "n": row.get("n"),
             "share": share, "interval": interval}  # fmt: skip
-
-
-def quantization(rows: list[Row]) -> list[Row]:
-    """The levels by size, largest first, each with its share of the largest file."""
-    keys = ("bits_per_weight", "perplexity", "perplexity_error", "kld_mean", "kld_p99", "same_top", "tokens_per_s")
-    largest = max((row["bytes"] for row in rows), default=1)
-    ranked = sorted(rows, key=lambda row: -row["bytes"])
-    return [{**dict.fromkeys(keys), **row, "share": row["bytes"] / largest} for row in ranked]
 
 
 def search(trials: list[Row]) -> dict[str, Any]:

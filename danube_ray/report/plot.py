@@ -27,6 +27,16 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Label:
+    """A point's name, in per cent from the left and the top, on its right or left, above or below it."""
+
+    left: float
+    top: float
+    text: str
+    side: str
+
+
+@dataclass(frozen=True)
 class Panel:
     """One y axis over the shared x axis. Ticks are (per cent from the top, label)."""
 
@@ -35,6 +45,7 @@ class Panel:
     lines: list[Line]
     ticks: list[Tick]
     note: Tick | None = None
+    labels: list[Label] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from danube_ray.config import ModelConfig
 
 Row = dict[str, Any]
 
+QUANTIZATION = "quantization.json"
+
 
 @dataclass(frozen=True)
 class Training:
@@ -113,7 +115,7 @@ def read_run(folder: Path) -> RunArtifacts:
         posttraining={name: training for name, training in found.items() if training is not pretraining},
         results=results,
         perplexity=perplexity,
-        quantization=optional(folder / "gguf" / "quantization.json", []),
+        quantization=optional(folder / "gguf" / QUANTIZATION, []) or optional(folder / QUANTIZATION, []),
         trials=optional(folder / "search" / "trials.json", []),
         samples=optional(folder / "samples.json", []),
         provenance=read_provenance(folder),

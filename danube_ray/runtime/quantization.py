@@ -1,9 +1,11 @@
-"""Quantization levels as Ray tasks, one each: convert, measure, and keep the table that says what a level costs."""
+"""Quantization as Ray tasks: spans of tensors all over the cluster. What a level costs, `runtime.measuring` adds.
+
+Every task writes to its place in the files, so the folder of the files must be on a disk that all nodes see.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,14 @@ from ray.exceptions import RayTaskError
 from danube_ray.artifacts import content_hash, file_hash, read_json, write_json
 from danube_ray.config import require
 from danube_ray.model.huggingface import load_config
-from danube_ray.quantize.gguf import convert
+from danube_ray.quantize.gguf import TOKENIZER_FILES, GgufFacts, Span, converting, copy_tokenizer, write_span
+from danube_ray.quantize.imatrix import ImportanceMatrix, gather_file
 from danube_ray.quantize.levels import DEFAULT_LEVELS, LEVELS, Level, check_level
-from danube_ray.quantize.measure import measure
+from danube_ray.quantize.table import by_size
 from danube_ray.runtime.session import session
 
 TABLE = "quantization.json"
-MODEL_FILES = ("config.json", "*.safetensors", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
+MODEL_FILES = ("config.json", "*.safetensors", *TOKENIZER_FILES)
 
 Row = dict[str, Any]
 
@@ -29,52 +32,86 @@ Row = dict[str, Any]
 def quantize(
     model_folder: Path,
     out_dir: Path,
-    tokens: np.ndarray,
     levels: Sequence[Level] = DEFAULT_LEVELS,
     *,
-    context: int | None = None,
-    cpus_per_level: int = 1,
+    imatrix: Path | None = None,
     on_level: Callable[[Row], None] = lambda row: None,
+    on_progress: Callable[[int, int], None] = lambda done, spans: None,
 ) -> list[Row]:
-    """Write `out_dir/LEVEL.gguf` for each level, and the table of this model's levels, `out_dir/quantization.json`.
+    """Write `out_dir/LEVEL.gguf` for each level, the tokenizer beside them, and the table, `out_dir/quantization.json`.
 
-    Each level's distributions are compared with the float32 model's over `tokens` (validation ids), in windows of
-    `context` ids (512, or what the model has). A level made from the same model, tokens and context is kept; the others
-    run at once, as the cluster has CPUs. `on_level` gets each new row. Rows come in `LEVELS` order, with the fields of
-    `Divergence` and level, file, bytes, bits_per_weight, fallbacks, tokens_per_s, sha256 and inputs.
+    A level made from the same model (and importance matrix) is kept; the others are made together: each weight is read
+    once for all of them, by tasks of one CPU. `on_progress` gets the spans done and the number of them, `on_level` each
+    new row. Rows are returned and stored as `danube_ray.quantize.table` describes them. `ConfigError` when the model
+    can't be converted; then no file is changed.
     """
     require(bool(levels), "levels", list(levels), f"some of {', '.join(LEVELS)}")
-    require(cpus_per_level > 0, "cpus_per_level", cpus_per_level, "at least 1")
-    config = load_config(model_folder)
-    longest = min(config.context_length, config.sliding_window or config.context_length)
-    context = context or min(512, longest)
-    require(2 <= context <= longest, "context", context, f"2 to {longest}, which llama.cpp can use of this model")
-    require(len(tokens) > 1, "tokens to compare levels on", len(tokens), "at least two")
-    model_folder, out_dir = model_folder.resolve(), out_dir.resolve()
-    inputs = content_hash([_model_hash(model_folder), tokens.tolist(), context, version("xllamacpp")])
-    rows = {row["level"]: row for row in _kept_rows(out_dir, inputs)}
     wanted = {check_level(level) for level in levels}
+    load_config(model_folder, any_rope=True)
+    model_folder, out_dir = model_folder.resolve(), out_dir.resolve()
+    importance = ImportanceMatrix.read(imatrix) if imatrix else None
+    inputs = content_hash([_model_hash(model_folder), imatrix and file_hash(imatrix), version("xllamacpp")])
+    rows = {row["level"]: row for row in _kept_rows(out_dir, inputs)}
     missing: list[Level] = [level for level in LEVELS if level in wanted and level not in rows]
-    if missing:
+    files: dict[Level, Path] = {level: out_dir / f"{level}.gguf" for level in missing}
+    if files:
         with session():
-            task = ray.remote(num_cpus=cpus_per_level)(quantize_level)
-            waiting = [task.remote(model_folder, out_dir, level, tokens, context, cpus_per_level) for level in missing]
-            while waiting:
-                done, waiting = ray.wait(waiting)
-                row = {**_result(done[0]), "inputs": inputs}
-                rows[row["level"]] = row
-                write_json(out_dir / TABLE, _in_order(rows))
-                on_level(row)
-    return _in_order(rows)
+            with converting(model_folder, files, importance) as conversion:
+                write_spans(conversion.spans, on_progress=on_progress)
+            copy_tokenizer(model_folder, out_dir)
+            hashing: Any = ray.remote(num_cpus=1)(file_hash)
+            hashes = ray.get([hashing.remote(file) for file in files.values()])
+        for level, sha256 in zip(missing, hashes, strict=True):
+            rows[level] = {**_row(files[level], level, conversion.facts[level]), "sha256": sha256, "inputs": inputs}
+        write_json(out_dir / TABLE, by_size(rows.values()))
+        for level in missing:
+            on_level(rows[level])
+    return by_size(rows.values())
 
 
-def quantize_level(
-    model_folder: Path, out_dir: Path, level: Level, tokens: np.ndarray, context: int, num_threads: int
-) -> Row:
-    """Make and measure one level; its row of the table."""
-    file = out_dir / f"{level}.gguf"
-    facts = convert(model_folder, file, level, num_threads)
-    measured = measure(model_folder, file, tokens, context, num_threads)
+def write_spans(
+    spans: Sequence[Span],
+    *,
+    cpus_per_span: float = 1,
+    on_progress: Callable[[int, int], None] = lambda done, spans: None,
+) -> None:
+    """One task a span, as many at once as the cluster has CPUs; the first error ends them all."""
+    task = ray.remote(num_cpus=cpus_per_span)(write_span)
+    waiting = [task.remote(span) for span in spans]
+    try:
+        while waiting:
+            done, waiting = ray.wait(waiting)
+            _result(done[0])
+            on_progress(len(spans) - len(waiting), len(spans))
+    finally:
+        for reference in waiting:
+            ray.cancel(reference)
+
+
+def gather_imatrix(
+    model_folder: Path,
+    tokens: np.ndarray,
+    out_file: Path,
+    *,
+    dataset: str,
+    context: int = 512,
+    num_threads: int = 1,
+) -> Path:
+    """Write the importance matrix of a model over calibration ids as `out_file`, in a task of `num_threads` CPUs.
+
+    `tokens` is one array of ids, read in windows of `context`; `dataset` says in the file where they are from.
+    """
+    config = load_config(model_folder, any_rope=True)
+    longest = min(config.context_length, config.sliding_window or config.context_length)
+    require(2 <= context <= longest, "context", context, f"2 to {longest}, which llama.cpp can use of this model")
+    require(len(tokens) > 1, "calibration tokens", len(tokens), "at least two")
+    with session():
+        task: Any = ray.remote(num_cpus=num_threads)(gather_file)
+        _result(task.remote(model_folder.resolve(), tokens, out_file.resolve(), context, dataset, num_threads))
+    return out_file
+
+
+def _row(file: Path, level: Level, facts: GgufFacts) -> Row:
     return {
         "level": level,
         "file": file.name,
@@ -82,9 +119,6 @@ def quantize_level(
         "bits_per_weight": facts.bits_per_weight,
         "types": facts.histogram,
         "fallbacks": list(facts.fallbacks),
-        **asdict(measured.divergence),
-        "tokens_per_s": measured.tokens_per_s,
-        "sha256": file_hash(file),
     }
 
 
@@ -105,11 +139,7 @@ def _kept_rows(out_dir: Path, inputs: str) -> list[Row]:
     return [row for row in rows if row["inputs"] == inputs and whole(out_dir / row["file"], row["sha256"])]
 
 
-def _in_order(rows: dict[str, Row]) -> list[Row]:
-    return [rows[level] for level in LEVELS if level in rows]
-
-
-def _result(reference: Any) -> Row:
+def _result(reference: Any) -> Any:
     try:
         return ray.get(reference)
     except RayTaskError as error:

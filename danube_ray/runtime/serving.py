@@ -1,182 +1,213 @@
-"""The gate and its engines on Ray Serve: one deployment each, so that models scale apart and a dead engine stays out
-of the gate. Nothing about HTTP, chat or llama.cpp is decided here; that is `danube_ray.serve`."""
+"""Starting, changing and ending the server: what is checked before, who owns it, and what the console says."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import signal
 import socket
-import threading
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from queue import SimpleQueue
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import ray
-from fastapi import FastAPI
 from ray import serve as ray_serve
-from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.serve.config import AutoscalingConfig, HTTPOptions, ProxyLocation
-from ray.serve.exceptions import BackPressureError, RayServeException
-from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
-from ray.serve.schema import LoggingConfig
+from ray.serve._private.logging_utils import get_serve_logs_dir
+from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.context import _get_global_client
 
-from danube_ray.config import GateSettings, ServeConfig, ServedModel, require
+from danube_ray.config import ConfigError, ServeConfig, require
+from danube_ray.runtime.deployments import QUIET, application, converted_adapters
 from danube_ray.runtime.session import session
-from danube_ray.serve.engines import Delta, EngineBusy, EngineError, LlamaCppEngine, Sampling
-from danube_ray.serve.gate import ModelEntry, create_app
+from danube_ray.serve import files, guard
+from danube_ray.serve.gate import ModelEntry
 from danube_ray.serve.models import entries
 
-APPLICATION = "danube"
-DRAIN_S = 30.0  # how long a replica that must go may finish its answers
-DRAIN_POLL_S = 0.1  # and how often it looks whether it has
-LOOK_BACK_S, MEASURE_S = 2.0, 1.0  # load is judged by its mean over this, measured so often
-HEALTH_CHECK_S = 1.0  # a dead engine is replaced when the next check finds it so; Serve's default is 10
-
-
-class EngineReplica:
-    """A deployment's replica: one llama.cpp, fed through Serve."""
-
-    def __init__(self, gguf: Path, context_tokens: int, num_slots: int, num_threads: int) -> None:
-        self._engine = LlamaCppEngine(gguf, context_tokens, num_slots, num_threads)
-
-    async def generate(self, prompt: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
-        """As the engine has it; Serve cancels this when the gate lets go of the stream."""
-        async with aclosing(self._engine.generate(prompt, sampling)) as deltas:
-            async for delta in deltas:
-                yield delta
-
-
-class RemoteEngine:
-    """An `Engine` behind a deployment handle. A replica that dies before it said anything is asked again, once."""
-
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = handle.options(method_name="generate", stream=True)
-
-    async def generate(self, prompt: Sequence[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
-        for last_try in (False, True):
-            begun = False
-            try:
-                response = cast(DeploymentResponseGenerator[Delta], self._handle.remote(list(prompt), sampling))
-                try:
-                    async for delta in response:
-                        begun = True
-                        yield delta
-                except (GeneratorExit, asyncio.CancelledError):
-                    response.cancel()
-                    raise
-                return
-            except RayActorError:
-                if begun or last_try:
-                    raise EngineError("the engine's process was lost in the middle of the answer") from None
-            except (RayError, RayServeException) as error:
-                raise engine_error(error) from None
-
-
-def engine_error(error: RayError | RayServeException) -> EngineError:
-    """What went wrong on the way to an engine or in it, without Ray's words for it."""
-    if isinstance(error, BackPressureError):
-        return EngineBusy("every slot of this model is taken and its queue is full")
-    if isinstance(error, RayTaskError):
-        return error.cause if isinstance(error.cause, EngineError) else EngineError("the engine failed")
-    return EngineError(f"the engine can't be reached ({type(error).__name__})")
-
-
-@ray_serve.ingress()
-class Gate:
-    """The ingress: `danube_ray.serve.gate` over remote engines."""
-
-    def __init__(
-        self, entries: dict[str, ModelEntry], settings: GateSettings, handles: dict[str, DeploymentHandle]
-    ) -> None:
-        self._entries, self._settings = entries, settings
-        self._engines = {name: RemoteEngine(handle) for name, handle in handles.items()}
-
-    def __serve_build_asgi_app__(self) -> FastAPI:  # Serve's name for it
-        return create_app(self._entries, self._engines.__getitem__, self._settings)
-
-
-def application(
-    models: Mapping[str, ServedModel], known: dict[str, ModelEntry], settings: GateSettings
-) -> ray_serve.Application:
-    """The Serve application: the gate, and one engine deployment a model."""
-    engines: dict[str, Any] = {}
-    for name, model in models.items():
-        deployment = ray_serve.deployment(
-            name=f"engine-{name}",
-            ray_actor_options={"num_cpus": model.num_threads},
-            max_ongoing_requests=model.num_slots,
-            max_queued_requests=model.max_queued,
-            graceful_shutdown_timeout_s=DRAIN_S,
-            graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
-            health_check_period_s=HEALTH_CHECK_S,
-            autoscaling_config=AutoscalingConfig(
-                min_replicas=model.min_replicas,
-                max_replicas=model.max_replicas,
-                target_ongoing_requests=model.num_slots,
-                upscale_delay_s=0.5,
-                look_back_period_s=LOOK_BACK_S,
-                metrics_interval_s=MEASURE_S,
-                downscale_delay_s=model.idle_s,
-            ),
-        )(EngineReplica)
-        engines[name] = deployment.bind(
-            model.weights.resolve(), known[name].context_tokens, model.num_slots, model.num_threads
-        )
-    gate = ray_serve.deployment(
-        name="gate",
-        ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=1_000,
-        graceful_shutdown_timeout_s=DRAIN_S,
-        graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
-    )(Gate)
-    return gate.bind(known, settings, engines)
-
-
-def build(args: dict[str, Any]) -> ray_serve.Application:
-    """The application of a Serve configuration file: `args["models"]` holds the fields of a `ServedModel` by name."""
-    models = {
-        name: ServedModel(
-            **{**fields, "weights": Path(fields["weights"]), "tokenizer_folder": Path(fields["tokenizer_folder"])}
-        )
-        for name, fields in args["models"].items()
-    }
-    config = ServeConfig(models=models)
-    return application(models, entries(config), config.gate)
+APPLICATION = files.APPLICATION["name"]
+POLL_S = 0.1
 
 
 @contextmanager
 def serving(config: ServeConfig) -> Iterator[str]:
     """Serve while the block runs; gives the base URL. Port 0 takes a free one.
 
-    `ConfigError` before anything starts: a file that can't be served, a port in use, more threads than CPUs.
+    `ConfigError` before anything starts: a file that can't be served, a port in use, more threads than CPUs, a server
+    that runs already. At the end answers under way are waited for.
     """
-    known = entries(config)
-    port = free_port(config.host, config.port)
-    with session():
-        deploy(replace(config, port=port), known)
+    with cluster(config) as server:
+        require(not server.runs, "the cluster", "serving", "one without this server", "`danube serve` redeploys it")
         try:
-            yield f"http://{config.host}:{port}"
+            server.deploy()
+            yield server.url
         finally:
-            ray_serve.delete(APPLICATION)  # after its answers have ended; Serve itself goes with the cluster
+            drain()
 
 
-def serve(config: ServeConfig) -> None:
-    """Serve until SIGINT or SIGTERM."""
-    with serving(config) as url:
-        print(f"{', '.join(config.models)}: chat at {url}, OpenAI API at {url}/v1. Ctrl+C stops.", flush=True)
-        stopped = threading.Event()
-        for stop_signal in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(stop_signal, lambda *_: stopped.set())
-        stopped.wait()
+def serve(config: ServeConfig, file: Path | None = None) -> None:
+    """Serve until SIGINT or SIGTERM, and then until the answers under way have ended.
+
+    `file` is where `config` comes from: SIGHUP reads it again and redeploys what has changed. Where the server runs
+    already (another `danube serve` in the same cluster), this redeploys that one and returns.
+    """
+    with suppress(KeyboardInterrupt), cluster(config) as server:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # after Ray, which has one of its own
+        asked: SimpleQueue[None] = SimpleQueue()
+        if file is not None:
+            signal.signal(signal.SIGHUP, lambda *_: asked.put(None))
+        if server.runs:
+            server.deploy()
+            print(f"redeployed: {server.url} goes on until whoever started it ends it", flush=True)
+            return
+        try:
+            server.deploy()
+            server.announce()
+            while True:
+                asked.get()
+                assert file is not None
+                server.reread(file)
+        except KeyboardInterrupt:
+            print("ending with the answers under way; Ctrl+C drops them", flush=True)
+            raise
+        finally:
+            drain()
+
+
+class Server:
+    """The server of a cluster that has been joined: `config`, with the port that it really has."""
+
+    def __init__(self, config: ServeConfig, known: dict[str, ModelEntry], port: int, cpus: int | None) -> None:
+        self.asked, self.config, self.known, self.cpus = config, replace(config, port=port), known, cpus
+        self.runs = APPLICATION in serve_details().get("applications", {})
+        self._deployed: ray_serve.Application | None = None
+
+    @property
+    def url(self) -> str:
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.config.host, self.config.host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.config.port}"
+
+    def deploy(self) -> None:
+        """Run the application, or what has changed of it. Returns when every engine that is kept has loaded.
+
+        `ConfigError` for a model that can't be loaded; then what this process deployed before runs again.
+        """
+        wanted = sum(model.min_replicas * model.num_threads for model in self.config.models.values())
+        fits = self.cpus is None or wanted <= self.cpus
+        require(fits, "num_threads", wanted, f"at most {self.cpus} over all engines", "give each fewer")
+        new = application(self.config, self.known)
+        try:
+            ray_serve.run(new, name=APPLICATION, route_prefix="/", logging_config=QUIET)
+        except RuntimeError:
+            error = self._failure()
+            if self._deployed is not None:
+                ray_serve.run(self._deployed, name=APPLICATION, route_prefix="/", logging_config=QUIET)
+            raise error from None
+        self._deployed = new
+
+    def reread(self, file: Path) -> None:
+        """Redeploy what has changed in `file`. Where it can't be, that is said, and nothing changes."""
+        old = self.asked, self.config, self.known
+        try:
+            config = files.read_config(file)
+            address, before = f"{config.host}:{config.port}", f"{self.asked.host}:{self.asked.port}"
+            require(address == before, "http_options", address, before, "the address can't change while it is in use")
+            self.known = check(config)
+            self.asked, self.config = config, replace(config, port=self.config.port)
+            self.deploy()
+            print(f"{file}: redeployed", flush=True)
+        except Exception as error:  # whatever it is, answers under way are worth more
+            self.asked, self.config, self.known = old
+            print(f"{file}: {error}. The server goes on as it was.", flush=True)
+
+    def announce(self) -> None:
+        """One line a model, and how to go on."""
+        for name, model in self.config.models.items():
+            loaded = "is loaded at the first request"
+            if model.min_replicas:
+                engine = ray_serve.get_deployment_handle(f"engine-{name}", APPLICATION)
+                loaded = f"loaded in {engine.load_s.remote().result():.1f} s"
+            adapters = f", adapters {', '.join(model.adapters)}" if model.adapters else ""
+            print(f"{name}: {self.url}/v1 ({loaded}{adapters})")
+        print(f"requests are logged in {get_serve_logs_dir()}/requests-*.jsonl, on the gate's node")
+        print(f"chat at {self.url}. Ctrl+C stops.", flush=True)
+
+    def _failure(self) -> ConfigError:
+        """What Serve's status says about a deployment that failed."""
+        status = ray_serve.status().applications[APPLICATION]
+        for name, deployment in status.deployments.items():
+            if deployment.status == "DEPLOY_FAILED":
+                last = [line for line in deployment.message.splitlines() if line.strip()][-1]
+                return ConfigError(name, "failed", "a deployment that starts", last.strip())
+        return ConfigError(APPLICATION, "failed", "an application that starts", status.message)
+
+
+def build(args: dict[str, Any]) -> ray_serve.Application:
+    """The application of a Serve configuration file's `args`, for `serve deploy` and KubeRay."""
+    config = files.from_args(args)
+    host = serve_details().get("http_options", {}).get("host", config.host)
+    config = replace(config, host=host)
+    return application(config, check(config))
+
+
+@contextmanager
+def cluster(config: ServeConfig) -> Iterator[Server]:
+    """Check `config`, start or join the cluster, and see to it that Serve listens where `config` says."""
+    known = check(config)
+    joined = ray.is_initialized() or "RAY_ADDRESS" in os.environ
+    port = config.port if joined else free_port(config.host, config.port)
+    with session():
+        # A cluster of somebody's may grow on demand; ours can't, and would wait for CPUs for ever.
+        cpus = None if joined else int(ray.cluster_resources().get("CPU", 0))
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        yield Server(config, known, listen(config.host, port), cpus)
+
+
+def check(config: ServeConfig) -> dict[str, ModelEntry]:
+    """What the gate must know of each model; `ConfigError` for what can't, or must not, be served."""
+    guard.check_bind(config.host, config.gate)
+    known = entries(config)
+    with TemporaryDirectory() as folder:
+        for model in config.models.values():
+            if model.weights.is_file():  # vLLM reads adapters as they are
+                converted_adapters(model, Path(folder))
+    return known
+
+
+def listen(host: str, port: int) -> int:
+    """Start Serve where it is not yet; returns its port. Serve that other applications use is joined or refused."""
+    details = serve_details()
+    if details:
+        http = details["http_options"]
+        roots = [name for name, one in details["applications"].items() if one["route_prefix"] == "/"]
+        taken = f"a cluster where no other application has it: {', '.join(roots)} does"
+        require(not set(roots) - {APPLICATION}, "the route", "/", taken)
+        if (http["host"], http["port"]) == (host, port or http["port"]):
+            return http["port"]
+        allowed = f"{http['host']}:{http['port']}, where Serve listens for {', '.join(details['applications'])}"
+        remedy = "a cluster has one Serve, and it one address"
+        require(not details["applications"], "the address", f"{host}:{port}", allowed, remedy)
+    port = free_port(host, port)
+    if details:
+        ray_serve.shutdown()  # nobody's, and at another address
+    # Serve's own time-out would cut long answers in the middle; the gate has a deadline instead.
+    http = HTTPOptions(host=host, port=port, request_timeout_s=None)
+    ray_serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http, logging_config=QUIET)
+    return port
+
+
+def serve_details() -> dict[str, Any]:
+    """What Serve's REST API tells: `http_options`, `applications` by name. Empty where Serve is not running."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    return client.get_serve_details() if client else {}
 
 
 def free_port(host: str, port: int) -> int:
     """`port` if nobody listens there, or any free one for 0. Serve itself would share a port with another Serve."""
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -186,19 +217,8 @@ def free_port(host: str, port: int) -> int:
         return probe.getsockname()[1]
 
 
-def deploy(config: ServeConfig, known: dict[str, ModelEntry]) -> None:
-    """Start Serve where it is not yet, and run the application on it. Returns when every engine has loaded."""
-    wanted = sum(model.min_replicas * model.num_threads for model in config.models.values())
-    cpus = int(ray.cluster_resources().get("CPU", 0))
-    elastic = "RAY_ADDRESS" in os.environ  # a cluster of somebody's may grow on demand; ours can't, and would wait
-    require(elastic or wanted <= cpus, "num_threads", wanted, f"at most {cpus} over all engines", "give each fewer")
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    running = ray_serve.status()
-    if running.proxies and not running.applications:
-        ray_serve.shutdown()  # one that stayed from before would keep its own port
-    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
-    # Serve's own time-out would cut long answers in the middle; the gate has a deadline instead.
-    http = HTTPOptions(host=config.host, port=config.port, request_timeout_s=None)
-    ray_serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http, logging_config=quiet)
-    served = application(config.models, known, config.gate)
-    ray_serve.run(served, name=APPLICATION, route_prefix="/", logging_config=quiet)
+def drain() -> None:
+    """Take no more requests and wait until the answers under way have ended: Serve stops the replicas then."""
+    ray_serve.delete(APPLICATION, _blocking=False)
+    while APPLICATION in ray_serve.status().applications:
+        time.sleep(POLL_S)

@@ -21,21 +21,38 @@ def entries(config: ServeConfig) -> dict[str, ModelEntry]:
 
 
 def entry_of(model: ServedModel) -> ModelEntry:
-    """One model's entry. `ConfigError` when file and tokenizer are damaged or not of one model."""
-    header = read_header(model.weights)
-    folder = (model.tokenizer_folder or model.weights.parent).resolve()  # it is opened again where the gate runs
+    """One model's entry. `ConfigError` when weights and tokenizer are damaged or not of one model."""
+    gguf = not model.weights.is_dir()
+    remedy = "a GGUF file needs none" if gguf else "vLLM needs one; for CPUs `danube quantize` makes a GGUF file of it"
+    require(gguf == (model.num_gpus == 0), f"num_gpus of {model.weights}", model.num_gpus, "as its engine has", remedy)
+    pieces, most = read_gguf(model.weights) if gguf else read_folder(model.weights)
+    beside = model.weights.parent if gguf else model.weights
+    folder = (model.tokenizer_folder or beside).resolve()  # it is opened again where the gate runs
     tokenizer = Tokenizer.load(folder)
     require(
-        header["tokenizer.ggml.tokens"][: tokenizer.vocab_size] == tokenizer.pieces,
+        pieces is None or pieces[: tokenizer.vocab_size] == tokenizer.pieces,
         "tokenizer_folder",
         str(folder),
         f"the tokenizer of {model.weights}",
         "its pieces are others: served ids would mean other text than trained ones",
     )
-    most = min(header["llama.context_length"], header.get("llama.attention.sliding_window") or 2**31)
     context = model.context_tokens or most
     require(context <= most, "context_tokens", context, f"at most {most}, which the model was trained for")
     return ModelEntry(tokenizer=tokenizer, context_tokens=context)
+
+
+def read_gguf(file: Path) -> tuple[list[str], int]:
+    """The vocabulary of a GGUF file, and the tokens that llama.cpp can use of its context."""
+    header = read_header(file)
+    window = header.get("llama.attention.sliding_window") or 2**31
+    return header["tokenizer.ggml.tokens"], min(header["llama.context_length"], window)
+
+
+def read_folder(folder: Path) -> tuple[None, int]:
+    """The context of a Hugging Face folder: vLLM keeps to a sliding window itself. Its tokenizer has the vocabulary."""
+    from danube_ray.model.huggingface import load_config  # torch comes with it: a gate of GGUF files needs none
+
+    return None, load_config(folder).context_length
 
 
 def read_header(gguf: Path) -> dict[str, Any]:

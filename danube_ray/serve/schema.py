@@ -1,18 +1,28 @@
-"""The part of the OpenAI API that is served: requests as they may come in, answers as they go out.
+"""Requests of the OpenAI API as they may come in.
 
-Requests are strict: a wrong type, an unknown field or one that would have to be ignored is an error, never a guess.
+They are strict: a wrong type, an unknown field or one that would have to be ignored is an error, never a guess. Lists
+fail at their first wrong item: a report on each of a million would hold up every other answer for seconds.
 """
 
 from __future__ import annotations
 
-import time
-import uuid
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+import json
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+)
 
-from danube_ray.serve.engines import FinishReason
+from danube_ray.serve.json_schemas import bounded
+
+MAX_LOGPROBS = 20  # OpenAI's bound for chat
+MAX_EMBEDDING_INPUTS = 2_048  # OpenAI's as well
 
 
 def _encodable(text: str) -> str:
@@ -23,6 +33,10 @@ def _encodable(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_encodable)]
 StopText = Annotated[Text, StringConstraints(min_length=1, max_length=256)]
+Ids = Annotated[list[int], Field(fail_fast=True)]
+Texts = Annotated[list[Text], Field(fail_fast=True)]
+Prompt = Text | Ids | Texts | Annotated[list[Ids], Field(fail_fast=True)]  # text or token ids, one or several
+NotServed = Annotated[None, Field(description="Not served: anything but null is an error.")]
 
 
 class _Strict(BaseModel):
@@ -32,20 +46,46 @@ class _Strict(BaseModel):
 class StreamOptions(_Strict):
     """What a stream carries besides text."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None  # padding against eavesdroppers, which there is none of
 
 
-class ResponseFormat(_Strict):
-    """Free text is the only form so far."""
+class TextFormat(_Strict):
+    """Free text."""
 
     type: Literal["text"]
+
+
+class JsonObjectFormat(_Strict):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class JsonSchema(_Strict):
+    """A schema with a name. It always constrains the answer, whatever `strict` says."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: Text | None = None
+    definition: Annotated[dict[str, Any], AfterValidator(bounded)] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(_Strict):
+    """JSON that a schema allows."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
 
 
 class GenerationRequest(_Strict):
     """What chat and plain completions have in common; null means the default, as with OpenAI."""
 
     model: Text
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=0)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0, le=2**31 - 1)
@@ -64,10 +104,22 @@ class GenerationRequest(_Strict):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    logit_bias: NotServed = None
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def wants_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @field_validator("stream_options")
+    @classmethod
+    def _need_a_stream(cls, options: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+        if options is not None and not info.data.get("stream"):
+            raise ValueError("goes with stream: true")
+        return options
 
 
 class TextPart(BaseModel):
@@ -85,7 +137,7 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True)]
 
     @property
     def speaker(self) -> str:
@@ -99,75 +151,94 @@ class ChatMessage(BaseModel):
 class ChatRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=4096)
+    kind: ClassVar[Literal["chat"]] = "chat"
+
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True)] = Field(min_length=1, max_length=4096)
+    max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     response_format: ResponseFormat | None = None
-    logprobs: Literal[False] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    tools: NotServed = None
+    tool_choice: NotServed = None
+    parallel_tool_calls: NotServed = None
+    functions: NotServed = None
+    function_call: NotServed = None
+    modalities: NotServed = None
+    audio: NotServed = None
+    prediction: NotServed = None
+    reasoning_effort: NotServed = None
+    verbosity: NotServed = None
+    web_search_options: NotServed = None
+
+    @property
+    def asked(self) -> list[dict[str, str]]:
+        return [{"role": turn.role, "content": turn.text} for turn in self.messages]
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def json_schema(self) -> str | None:
+        """The schema as JSON text; "{}" is any object."""
+        match self.response_format:
+            case JsonObjectFormat():
+                return "{}"
+            case JsonSchemaFormat(json_schema=schema):
+                return json.dumps(schema.definition)
+        return None
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _need_logprobs(cls, count: int | None, info: ValidationInfo) -> int | None:
+        if count is not None and not info.data.get("logprobs"):
+            raise ValueError("goes with logprobs: true")
+        return count
 
 
 class CompletionRequest(GenerationRequest):
-    """`POST /v1/completions`: text or token ids, one prompt or several, continued as they stand."""
+    """`POST /v1/completions`: text or token ids, one prompt or several, continued as they stand.
 
-    prompt: Text | list[int] | list[Text] | list[list[int]]
+    With `echo` the prompt is part of the answer, with `logprobs` also its log-probabilities. `max_tokens` 0 with it
+    gives the prompt's alone.
+    """
+
+    kind: ClassVar[Literal["text"]] = "text"
+
+    prompt: Prompt
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    best_of: Literal[1] | None = None
+    suffix: NotServed = None
 
     @property
-    def prompts(self) -> list[str | list[int]]:
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)  # type: ignore[arg-type]
+    def asked(self) -> Prompt:
+        return self.prompt
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def json_schema(self) -> str | None:
+        return None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Reply:
-    """The envelope that every chunk of one answer shares."""
+class EmbeddingRequest(_Strict):
+    """`POST /v1/embeddings`: text or token ids, one input or several."""
 
-    kind: Literal["chat", "text"]
-    model: str
-    prompt_tokens: int
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    created: int = field(default_factory=lambda: int(time.time()))
+    model: Text
+    input: Prompt
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = Field(None, ge=1)
+    user: str | None = None
 
-    def usage(self, completion_tokens: int) -> dict[str, int]:
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": self.prompt_tokens + completion_tokens,
-        }
 
-    def chunk(self, index: int, text: str, reason: FinishReason | None, *, first: bool) -> dict[str, Any]:
-        """One event of a stream; a chat answer's first names the role."""
-        if self.kind == "chat":
-            role = {"role": "assistant"} if first else {}
-            choice = {"index": index, "delta": {**role, "content": text}, "logprobs": None, "finish_reason": reason}
-        else:
-            choice = {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
-        return self._envelope([choice], "chat.completion.chunk")
-
-    def usage_chunk(self, completion_tokens: int) -> dict[str, Any]:
-        """The event that `stream_options.include_usage` asks for, after the last choice has ended."""
-        return {**self._envelope([], "chat.completion.chunk"), "usage": self.usage(completion_tokens)}
-
-    def whole(self, texts: list[str], reasons: list[FinishReason], completion_tokens: int) -> dict[str, Any]:
-        """The answer in one piece."""
-        choices = [
-            {"index": index, "logprobs": None, "finish_reason": reason, **self._content(text)}
-            for index, (text, reason) in enumerate(zip(texts, reasons, strict=True))
-        ]
-        return {**self._envelope(choices, "chat.completion"), "usage": self.usage(completion_tokens)}
-
-    def _content(self, text: str) -> dict[str, Any]:
-        if self.kind == "chat":
-            return {"message": {"role": "assistant", "content": text, "refusal": None}}
-        return {"text": text}
-
-    def _envelope(self, choices: list[dict[str, Any]], chat_object: str) -> dict[str, Any]:
-        chat = self.kind == "chat"
-        return {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{self.id}",
-            "object": chat_object if chat else "text_completion",
-            "created": self.created,
-            "model": self.model,
-            "choices": choices,
-        }
+def listed(prompt: Prompt) -> list[str | list[int]]:
+    """One prompt or several, as a list of them."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if prompt and isinstance(prompt[0], int):
+        return [prompt]  # type: ignore[list-item]
+    return list(prompt)  # type: ignore[arg-type]

@@ -16,6 +16,9 @@ BENCHMARKS = (
     "quality_models",
     "curation_scaling",
     "curation_memory",
+    "quantize_speed",
+    "serve_speed",
+    "serve_soak",
 )
 
 for name in sys.argv[1:] or BENCHMARKS:

@@ -5,21 +5,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM, PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from danube_ray.artifacts import read_json_lines
-from danube_ray.config import ConfigError, DpoConfig, FinetuneConfig, LoopConfig, LoraConfig, OptimizerConfig
+from danube_ray.artifacts import MANIFEST, damage, file_hash, read_json, read_json_lines, write_json
+from danube_ray.cli.training import finetune
+from danube_ray.config import ConfigError, DpoConfig, FinetuneConfig, LoopConfig, LoraConfig, OptimizerConfig, to_dict
+from danube_ray.inference.gguf import GgufModel
 from danube_ray.model.huggingface import load_model
 from danube_ray.posttrain.dpo import DpoTask
-from danube_ray.posttrain.finetune import export
+from danube_ray.posttrain.finetune import export, export_adapter
 from danube_ray.posttrain.lora import add_adapters, merge
 from danube_ray.posttrain.sft import SftTask
+from danube_ray.quantize.adapter import CONFIG, WEIGHTS, convert_adapter
+from danube_ray.quantize.gguf import convert
 from danube_ray.train.context import LocalContext
 from danube_ray.train.loop import fit
 from danube_ray.train.metrics import METRICS
@@ -168,6 +175,61 @@ def test_dpo_equals_its_formula(base, pairs, tmp_path):
         ]
         expected -= torch.nn.functional.logsigmoid(0.2 * (ratios[0] - ratios[1])).item()
     assert task.loss(model, batch).item() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def aligned(base, pairs, tmp_path_factory) -> tuple[DpoConfig, Path]:
+    """A DPO run as the verb leaves it, but for Ray; a base of a relative path, as one types it."""
+    config = dpo_config(Path(os.path.relpath(base)), pairs, tmp_path_factory.mktemp("runs"))
+    run = Path(config.output_dir) / config.name
+
+    def train(config: DpoConfig, progress: object) -> Path:
+        write_json(run / "config.json", {**to_dict(config), "kind": "dpo"})
+        return fit(DpoTask(config), run, config.loop, config.optimizer, LocalContext()).checkpoint
+
+    finetune(config, train)
+    return config, run
+
+
+def test_a_run_with_adapters_leaves_them_as_peft_does_and_on_their_base_they_are_the_merged_model(
+    aligned, base, tmp_path
+):
+    config, run = aligned
+    assert {file.name for file in (run / "adapter").iterdir()} == {MANIFEST, CONFIG, WEIGHTS}
+    merged = export(run / "checkpoints" / "step-00000008", config, tmp_path / "merged", torch.float32)
+    tokens = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        wanted = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)(tokens).logits
+        bare = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        assert (bare(tokens).logits - wanted).abs().max() > 0.2
+        adapted = PeftModel.from_pretrained(bare, str(run / "adapter"))
+        assert (adapted(tokens).logits - wanted).abs().max() <= 1e-4
+        named = AutoPeftModelForCausalLM.from_pretrained(str(run / "adapter"), dtype=torch.float32)  # finds its base
+        assert (named(tokens).logits - wanted).abs().max() <= 1e-4
+    gguf = tmp_path / "base.gguf"
+    convert(base, gguf, "F32")
+    with GgufModel(gguf, adapters={"dpo": convert_adapter(run / "adapter", gguf, tmp_path / "dpo.gguf")}) as model:
+        model.use_adapter("dpo")
+        assert np.abs(model.logits(tokens[0].tolist()) - wanted[0].numpy()).max() <= 0.05  # 16-bit keys and values
+
+
+def test_an_adapter_is_exported_once_and_again_where_it_is_torn_or_its_base_has_moved(aligned, base, tmp_path):
+    config, run = aligned
+    checkpoint, folder = run / "checkpoints" / "step-00000008", tmp_path / "adapter"
+    first = file_hash(export_adapter(checkpoint, config, folder) / WEIGHTS)
+    (folder / "note").touch()
+    assert (export_adapter(checkpoint, config, folder) / "note").exists()  # left as it was
+    (folder / MANIFEST).unlink()
+    assert file_hash(export_adapter(checkpoint, config, folder) / WEIGHTS) == first
+    assert damage(folder) is None and not (folder / "note").exists()
+    moved = shutil.copytree(base, tmp_path / "moved")
+    export_adapter(checkpoint, dataclasses.replace(config, base=str(moved)), folder)
+    assert read_json(folder / CONFIG)["base_model_name_or_path"] == str(moved)
+
+
+def test_a_run_without_adapters_has_none_to_export(base, conversations, tmp_path):
+    with pytest.raises(ConfigError, match=r"FinetuneConfig\.lora is None"):
+        export_adapter(tmp_path, sft_config(base, conversations, tmp_path), tmp_path / "adapter")
 
 
 def test_dpo_without_adapters_is_refused_with_its_reason():

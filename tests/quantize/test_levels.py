@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 from gguf import GGMLQuantizationType as Type
 
+from danube_ray import presets
 from danube_ray.config import ConfigError
-from danube_ray.quantize.levels import LEVELS, Shape, check_level, tensor_type
+from danube_ray.quantize.levels import LEVELS, Shape, check_level, size_bytes, tensor_shapes, tensor_type, tensor_types
+from tests.models import SMALL
 
 DANUBE = Shape(num_layers=24, num_heads=32, num_kv_heads=8, tied_embeddings=False)
-DANUBE_ROWS = (1536, 2560, 3840, 4096, 6912, 10240)
+DANUBE_MODELS = [
+    pytest.param(preset().model, id=preset.__name__)
+    for preset in (presets.danube_1_8b, presets.danube2_1_8b, presets.danube3_500m, presets.danube3_4b)
+]
 
 
 def types(level, part, shape=DANUBE, columns=2560):
@@ -44,11 +51,40 @@ def test_the_head_stays_wide_also_where_it_is_the_embedding():
     assert tensor_type("Q8_0", "output.weight", 2560, DANUBE) == (Type.Q8_0, False)
 
 
+def test_q4_0_keeps_the_first_down_projections_finer_with_an_importance_matrix():
+    with_importance = Shape(24, 32, 8, tied_embeddings=False, with_importance=True)
+    assert types("Q4_0", "ffn_down", with_importance) == [Type.Q4_1] * 3 + [Type.Q4_0] * 21
+    assert types("Q4_0", "ffn_up", with_importance) == types("Q4_0", "ffn_down") == [Type.Q4_0] * 24
+
+
 @pytest.mark.parametrize("level", LEVELS)
-def test_no_danube_model_needs_a_fallback(level):
-    parts = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-    names = ["token_embd.weight", "output.weight", *(f"blk.3.{part}.weight" for part in parts)]
-    assert not any(tensor_type(level, name, columns, DANUBE)[1] for name in names for columns in DANUBE_ROWS)
+@pytest.mark.parametrize("model", DANUBE_MODELS)
+def test_no_danube_model_needs_a_fallback(model, level):
+    for with_importance in (False, True):
+        chosen = tensor_types(level, model, with_importance=with_importance)
+        assert [name for name, (_, fell_back) in chosen.items() if fell_back] == []
+
+
+@pytest.mark.parametrize("model", DANUBE_MODELS)
+def test_shapes_hold_every_parameter_once(model):
+    sizes = [math.prod(shape) for shape in tensor_shapes(model).values()]
+    assert sum(sizes) == model.num_parameters
+    tied = [math.prod(shape) for shape in tensor_shapes(model, tied_embeddings=True).values()]
+    assert sum(tied) == model.num_parameters - model.vocab_size * model.hidden_size
+
+
+@pytest.mark.parametrize(("level", "gigabytes"), [("F16", 1.027), ("Q4_K_M", 0.317)])
+def test_sizes_of_danube3_500m_are_the_published_ones(level, gigabytes):
+    model = presets.danube3_500m().model
+    shapes, kinds = tensor_shapes(model), tensor_types(level, model)
+    total = sum(size_bytes(kinds[name][0], math.prod(shape)) for name, shape in shapes.items())
+    assert total / 1e9 == pytest.approx(gigabytes, rel=0.01)
+
+
+def test_tensors_stand_in_the_order_of_llama_cpps_files():
+    names = list(tensor_shapes(SMALL))
+    assert names[:4] == ["output.weight", "output_norm.weight", "token_embd.weight", "blk.0.attn_k.weight"]
+    assert names[3:] == sorted(names[3:])  # of two layers the order by name is that by number
 
 
 def test_rows_that_256_does_not_divide_fall_back_to_blocks_of_32_and_others_to_f16():

@@ -5,61 +5,121 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
-from danube_ray.config import ConfigError
+from danube_ray import presets
+from danube_ray.config import ConfigError, ServedModel
 from danube_ray.inference.gguf import GgufModel
-from danube_ray.runtime.quantization import quantize
+from danube_ray.quantize import gguf
+from danube_ray.quantize.gguf import convert
+from danube_ray.quantize.imatrix import ImportanceMatrix
+from danube_ray.runtime.quantization import gather_imatrix, quantize
+from danube_ray.serve.models import entry_of
+from tests.benchmarks.curation_memory import Peak
 from tests.models import tiny_model
+from tests.quantize.random_model import write_random_model
 
 TOKENS = np.random.default_rng(0).integers(3, 512, 600).astype(np.uint16)
 
 
 @pytest.mark.ray
-def test_levels_are_made_measured_and_kept(ray_session, tmp_path):
+def test_levels_are_made_and_kept(ray_session, tmp_path):
     folder, out = tiny_model(tmp_path / "model"), tmp_path / "gguf"
     made = []
-    quantize(folder, out, TOKENS, ["Q8_0"], on_level=lambda row: made.append(row["level"]))
-    rows = quantize(folder, out, TOKENS, ["Q4_K_M", "F16"], on_level=lambda row: made.append(row["level"]))
-    assert sorted(made) == ["F16", "Q4_K_M", "Q8_0"]
+
+    def run(levels, **options):
+        made.clear()
+        return quantize(folder, out, levels, on_level=lambda row: made.append(row["level"]), **options)
+
+    run(["Q8_0"])
+    rows = run(["Q4_K_M", "F16", "Q8_0"])
+    assert sorted(made) == ["F16", "Q4_K_M"]
     assert [row["level"] for row in rows] == ["F16", "Q8_0", "Q4_K_M"]
     assert rows == json.loads((out / "quantization.json").read_text())
     for row in rows:
         assert row["bytes"] == (out / row["file"]).stat().st_size
-        assert row["tokens_per_s"] > 0
         with GgufModel(out / row["file"]) as model:
             assert model.vocab_size == 512
+        assert entry_of(ServedModel(weights=out / row["file"])).context_tokens == 256
     for wider, narrower in pairwise(rows):
-        assert wider["kld_mean"] < narrower["kld_mean"]
         assert wider["bits_per_weight"] > narrower["bits_per_weight"]
     assert len(rows[2]["fallbacks"]) == 16
 
-    made.clear()
     (out / "Q8_0.gguf").write_bytes(b"torn")
-    again = quantize(folder, out, TOKENS, ["F16", "Q8_0", "Q4_K_M"], on_level=lambda row: made.append(row["level"]))
+    again = run(["F16", "Q8_0", "Q4_K_M"])
     assert made == ["Q8_0"]
     assert [row["sha256"] for row in again] == [row["sha256"] for row in rows]
 
-    made.clear()
     tiny_model(folder, seed=1)
-    quantize(folder, out, TOKENS, ["F16"], on_level=lambda row: made.append(row["level"]))
+    run(["F16"])
     assert made == ["F16"]
     assert [row["level"] for row in json.loads((out / "quantization.json").read_text())] == ["F16"]
 
 
 @pytest.mark.ray
-def test_an_error_in_a_task_is_said_in_its_own_words(ray_session, tmp_path):
-    folder = tiny_model(tmp_path / "model")
-    (folder / "tokenizer.model").unlink()
-    with pytest.raises(ConfigError, match=r"tokenizer\.model"):
-        quantize(folder, tmp_path / "gguf", TOKENS, ["F16"])
+def test_tasks_write_what_one_process_writes(ray_session, tmp_path, monkeypatch):
+    folder = tiny_model(tmp_path / "model", hidden_size=256, intermediate_size=512, num_layers=8)
+    monkeypatch.setattr(gguf, "SPAN_WEIGHTS", 2**15)
+    seen = []
+    quantize(folder, tmp_path / "gguf", ["Q4_K_M", "F16"], on_progress=lambda *done: seen.append(done))
+    assert seen == [(done, seen[-1][1]) for done in range(1, len(seen) + 1)]
+    assert len(seen) > 75  # one for each tensor at least
+    monkeypatch.undo()
+    for level in ("F16", "Q4_K_M"):
+        convert(folder, tmp_path / "alone.gguf", level)
+        assert (tmp_path / "alone.gguf").read_bytes() == (tmp_path / "gguf" / f"{level}.gguf").read_bytes()
+
+
+@pytest.mark.ray
+def test_an_importance_matrix_is_gathered_and_used(ray_session, tmp_path):
+    folder, out = tiny_model(tmp_path / "model"), tmp_path / "gguf"
+    plain = quantize(folder, out, ["Q4_0"])[0]
+    imatrix = gather_imatrix(folder, TOKENS, out / "imatrix.gguf", dataset="noise", context=64)
+    assert ImportanceMatrix.read(imatrix).counts["blk.1.ffn_down.weight"] == len(TOKENS)
+    weighed = quantize(folder, out, ["Q4_0"], imatrix=imatrix)[0]
+    assert weighed["sha256"] != plain["sha256"]
+    made = []
+    quantize(folder, out, ["Q4_0"], imatrix=imatrix, on_level=made.append)
+    assert made == []
+    with pytest.raises(ConfigError, match="context is 257, allowed is 2 to 256"):
+        gather_imatrix(folder, TOKENS, out / "imatrix.gguf", dataset="noise", context=257)
+
+
+@pytest.mark.ray
+def test_an_error_in_a_task_is_said_in_its_own_words_and_leaves_the_old_files(ray_session, tmp_path):
+    folder, out = tiny_model(tmp_path / "model"), tmp_path / "gguf"
+    quantize(folder, out, ["F16"])
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    state = load_file(folder / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"blk\.1\.ffn_up\.weight is 'not finite'"):
+        quantize(folder, out, ["F16", "Q8_0"])
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_wrong_settings_are_named_before_workers_start(tmp_path):
-    folder = tiny_model(tmp_path / "model", sliding_window=64)
+    folder = tiny_model(tmp_path / "model")
     with pytest.raises(ConfigError, match="level is 'Q9'"):
-        quantize(folder, tmp_path / "gguf", TOKENS, ["Q9"])
-    with pytest.raises(ConfigError, match="context is 65, allowed is 2 to 64"):
-        quantize(folder, tmp_path / "gguf", TOKENS, context=65)
-    with pytest.raises(ConfigError, match="at least two"):
-        quantize(folder, tmp_path / "gguf", TOKENS[:1])
+        quantize(folder, tmp_path / "gguf", ["Q9"])
+    with pytest.raises(ConfigError, match="levels is"):
+        quantize(folder, tmp_path / "gguf", [])
+    with pytest.raises(ConfigError, match=r"importance matrix is .*none\.gguf"):
+        quantize(folder, tmp_path / "gguf", imatrix=tmp_path / "none.gguf")
     assert not (tmp_path / "gguf").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_danube3_500m_is_quantized_in_little_memory(ray_session, tmp_path):
+    folder = write_random_model(tmp_path / "model", presets.danube3_500m().model)
+    with Peak() as peak:
+        rows = quantize(folder, tmp_path / "gguf", ["F16", "Q4_K_M"])
+    most_mib = max(peak.mib.values())
+    print(f"peak {most_mib:,.0f} MiB of this process and all of Ray's")
+    assert most_mib * 2**20 < 6e9
+    sizes = {row["level"]: row["bytes"] / 1e9 for row in rows}
+    assert sizes == {"F16": pytest.approx(1.027, rel=0.01), "Q4_K_M": pytest.approx(0.317, rel=0.01)}
+    assert [row["fallbacks"] for row in rows] == [[], []]
+    with GgufModel(tmp_path / "gguf" / "Q4_K_M.gguf", context_length=64) as model:
+        assert np.isfinite(model.logits([1, 5, 9])).all()

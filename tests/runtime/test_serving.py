@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
-import socket
+import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from http.client import HTTPConnection
 from itertools import islice
 from pathlib import Path
+from select import select
+from types import SimpleNamespace
+from typing import Any
 
 import openai
+import psutil
 import pytest
+from starlette.applications import Starlette
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.testclient import TestClient
 
-from danube_ray.config import ConfigError, ServeConfig, ServedModel
+from danube_ray.config import ServeConfig, ServedModel
 from danube_ray.inference.http import chat
+from danube_ray.runtime.deployments import Readiness
 from danube_ray.runtime.serving import serving
+from tests.adapters import tiny_adapter
+from tests.runtime.replicas import replica, wait_for
 from tests.serve.browser import headless_chromium
 from tests.serve.tiny import tiny_served_model
 
+LONG_TOKENS = 6_000  # seconds of reading for the tiny model
 QUESTION = "Which river is longer?"
 HELLO = [{"role": "user", "content": QUESTION}]
 
@@ -44,8 +58,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
 def app(ray_session: None, served: ServedModel) -> Iterator[Live]:
     doomed = f"doomed-{uuid.uuid4().hex}"
     narrow = replace(served, num_slots=1, max_queued=1)
-    typed = replace(served, weights=relative(served.weights), tokenizer_folder=relative(served.tokenizer_folder))
-    with serving(ServeConfig(models={"tiny": typed, doomed: narrow}, port=0)) as url:
+    adapters = {"poet": tiny_adapter(served.weights.parent, served.weights.parent / "poet", seed=1)}
+    typed = replace(served, weights=relative(served.weights), tokenizer_folder=None, adapters=adapters)
+    sleepy = replace(served, min_replicas=0, idle_s=0.5)
+    with serving(ServeConfig(models={"tiny": typed, doomed: narrow, "sleepy": sleepy}, port=0)) as url:
         yield Live(url, doomed)
 
 
@@ -56,7 +72,7 @@ def relative(path: Path) -> Path:
 
 @pytest.mark.ray
 def test_the_official_client_chats(app: Live, served: ServedModel):
-    assert [model.id for model in app.client.models.list()] == ["tiny", app.doomed]
+    assert [model.id for model in app.client.models.list()] == ["tiny", "poet", app.doomed, "sleepy"]
     whole = app.client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=200, temperature=0)
     *chunks, last = app.client.chat.completions.create(
         model="tiny", messages=HELLO, max_tokens=200, temperature=0, stream=True, stream_options={"include_usage": True}
@@ -65,6 +81,20 @@ def test_the_official_client_chats(app: Live, served: ServedModel):
     assert text == whole.choices[0].message.content == chat(app.url, "tiny", QUESTION, max_tokens=200)
     assert len(chunks) > 1 and chunks[-1].choices[0].finish_reason == "length"
     assert whole.usage and last.usage and whole.usage.completion_tokens == last.usage.completion_tokens == 200
+
+
+@pytest.mark.ray
+def test_scores_embeddings_and_adapters_come_through(app: Live):
+    create = app.client.completions.create
+    scores = {}
+    for model in ("tiny", "poet"):
+        (choice,) = create(model=model, prompt="The Danube", echo=True, logprobs=0, max_tokens=1).choices
+        assert choice.logprobs and choice.logprobs.token_logprobs
+        nothing_before_it, scores[model], _ = choice.logprobs.token_logprobs
+        assert nothing_before_it is None
+    assert scores["tiny"] != scores["poet"], "the adapter speaks"
+    (embedding,) = app.client.embeddings.create(model="tiny", input="The Danube").data
+    assert sum(value * value for value in embedding.embedding) == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.ray
@@ -106,7 +136,7 @@ def test_a_killed_engine_ends_its_stream_in_an_error_event(app: Live):
     stream = app.client.chat.completions.create(model=app.doomed, messages=HELLO, max_tokens=60_000, stream=True)
     beside = app.client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=500, stream=True)
     next(iter(stream))
-    os.kill(replica_of(app.doomed), signal.SIGKILL)
+    os.kill(replica(f"engine-{app.doomed}"), signal.SIGKILL)
     with pytest.raises(openai.APIError, match="was lost in the middle") as caught:
         list(stream)
     assert caught.value.code == "engine_unavailable"
@@ -114,6 +144,71 @@ def test_a_killed_engine_ends_its_stream_in_an_error_event(app: Live):
     assert chat(app.url, app.doomed, QUESTION, max_tokens=4), (
         "Serve started another replica, and the request waited for it"
     )
+
+
+@pytest.mark.ray
+def test_a_request_whose_engine_dies_before_it_said_anything_is_asked_again(app: Live):
+    """The engine is killed while it reads a long prompt; the client gets its answer from the next one."""
+    process = psutil.Process(replica(f"engine-{app.doomed}"))
+    spent_s = process.cpu_times().user
+    complete = app.client.completions.create
+    with ThreadPoolExecutor(1) as thread:
+        asked = thread.submit(complete, model=app.doomed, prompt=[300] * LONG_TOKENS, max_tokens=4)
+        wait_for(lambda: process.cpu_times().user > spent_s + 0.2)
+        process.kill()
+        assert asked.result().usage.completion_tokens == 4
+    assert replica(f"engine-{app.doomed}") != process.pid
+
+
+@pytest.mark.ray
+def test_a_client_that_leaves_the_queue_gives_its_place_back(app: Live):
+    """One slot and one place in the queue, both taken; who waits leaves, and the next may wait."""
+    holds = app.client.chat.completions.create(model=app.doomed, messages=HELLO, max_tokens=60_000, stream=True)
+    next(iter(holds))
+    one, other = ask(app), ask(app)
+    refused, _, _ = select([one.sock, other.sock], [], [])
+    waits = other if refused == [one.sock] else one
+    waits.close()
+    tries: list[float] = []
+    with ThreadPoolExecutor(1) as thread:
+        follows = thread.submit(ask_until_let_in, app, tries)
+        wait_for(lambda: bool(tries) and time.monotonic() - tries[-1] > 1)  # a refusal comes in milliseconds
+        holds.close()
+        assert follows.result()
+
+
+def ask(app: Live) -> HTTPConnection:
+    """A request under way, nothing read of its answer yet."""
+    connection = HTTPConnection(app.url.removeprefix("http://"))
+    body = json.dumps({"model": app.doomed, "messages": HELLO, "max_tokens": 4})
+    connection.request("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
+    return connection
+
+
+def ask_until_let_in(app: Live, tries: list[float]) -> bool:
+    """Ask again while the queue is full; `tries` gets the time of each try."""
+    while True:
+        tries.append(time.monotonic())
+        response = ask(app).getresponse()
+        if response.status == 200:
+            return True
+        assert response.status == 503 and response.headers["retry-after"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_an_idle_model_is_unloaded_and_comes_back(app: Live):
+    for _ in range(2):
+        assert chat(app.url, "sleepy", QUESTION, max_tokens=4)
+        engine = replica("engine-sleepy")
+        wait_for(lambda: not psutil.pid_exists(engine))  # noqa: B023
+
+
+@pytest.mark.ray
+def test_a_killed_gate_comes_back(app: Live):
+    """What it had under way breaks off; requests from then on wait for the next gate and are answered."""
+    os.kill(replica("gate"), signal.SIGKILL)
+    assert chat(app.url, "tiny", QUESTION, max_tokens=4)
 
 
 @pytest.mark.ray
@@ -128,30 +223,10 @@ def test_a_browser_sends_a_message_and_reads_the_streamed_answer(app: Live):
         assert page.text(".stats") == ["stopped"] and page.complaints() == []
 
 
-def replica_of(model: str) -> int:
-    """The process of a model's engine: Serve puts the deployment into its title, and the name here is unique."""
-    for process in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if f"engine-{model}".encode() in process.read_bytes():
-                return int(process.parent.name)
-        except OSError:  # it ended while we looked
-            continue
-    raise AssertionError(f"no process serves {model}")
-
-
-def test_what_cannot_be_served_is_one_clear_error(served: ServedModel, tmp_path: Path):
-    """Before Ray starts: a port in use, no model, a bad name, a bad file."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with (
-            pytest.raises(ConfigError, match=f"port is {port}"),
-            serving(ServeConfig(models={"tiny": served}, port=port)),
-        ):
-            pass
-    nameless = {"": served, "a/b": served, ".hidden": served}
-    for models in ({}, *({name: model} for name, model in nameless.items())):
-        with pytest.raises(ConfigError, match="model"), serving(ServeConfig(models=models, port=0)):
-            pass
-    missing = replace(served, weights=tmp_path / "missing.gguf")
-    with pytest.raises(ConfigError, match=r"missing\.gguf"), serving(ServeConfig(models={"tiny": missing}, port=0)):
-        pass
+@pytest.mark.parametrize(("loaded", "status"), [([], 200), ([True, True], 200), ([True, False], 503)])
+def test_health_waits_for_every_engine_that_is_kept(loaded: list[bool], status: int):
+    """As a load balancer asks: not ready yet is 503; all else passes."""
+    engines: list[Any] = [SimpleNamespace(has_loaded=one) for one in loaded]
+    client = TestClient(Readiness(Starlette(routes=[Route("/{any}", lambda _: Response())]), engines))
+    assert client.get("/health").status_code == status
+    assert client.get("/else").status_code == 200

@@ -1,48 +1,54 @@
+"""Answers of the live gate: what is asked of the engine, and what is said of what it gave."""
+
 from __future__ import annotations
 
-import asyncio
+import base64
 import json
 import re
-import socket
-from collections.abc import AsyncGenerator, Iterator, Sequence
+import struct
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
-from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
+from urllib.request import urlopen
 
+import numpy as np
 import openai
 import pytest
 
-from danube_ray.config import GateSettings
-from danube_ray.data.chat import render
-from danube_ray.serve.engines import Delta, EngineBusy, EngineError, Sampling
+from danube_ray.config import GateSettings, ServedModel
+from danube_ray.data.chat import ANSWER_MARKER, PROMPT_MARKER, render
+from danube_ray.data.tokenizer import train_tokenizer
+from danube_ray.inference.gguf import GgufModel
+from danube_ray.serve.engines import Delta, TokenLogprob
 from danube_ray.serve.gate import ModelEntry, create_app
+from danube_ray.serve.record import RequestRecord
+from tests.models import TEXT
+from tests.serve.calls import CHAT, COMPLETIONS, EMBEDDINGS, HELLO, ScriptedEngine, chat, post, stream
 from tests.serve.conftest import RecordingEngine, live
 
-HELLO: list[Any] = [{"role": "user", "content": "Which river is longer?"}]
-CHAT = "/v1/chat/completions"
-
-
-def post(url: str, body: bytes | object) -> tuple[int, dict[str, Any], Any]:
-    """Status, headers and JSON of a POST of JSON, or of bytes as they are."""
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    try:
-        with urlopen(Request(url, data, {"content-type": "application/json"})) as response:
-            return response.status, dict(response.headers), json.load(response)
-    except HTTPError as error:
-        return error.code, dict(error.headers), json.load(error)
-
-
-def chat(**fields: Any) -> dict[str, Any]:
-    return {"model": "tiny", "messages": HELLO, "max_tokens": 8, **fields}
-
-
-# ---- answers ----
+RIVER = "The Danube rises in the Black Forest."
 
 
 def test_models_are_listed_with_their_context(client: openai.OpenAI):
     assert [model.id for model in client.models.list()] == ["tiny", "short"]
-    assert client.models.retrieve("short").model_extra == {"max_model_len": 64}
+    assert client.models.retrieve("short").model_extra == {"max_model_len": 64, "root": "short", "parent": None}
+
+
+def test_an_adapter_is_a_model_of_its_own_on_its_base_models_engine(entry: ModelEntry, engine: Any):
+    recorder, asked = RecordingEngine(engine), []
+
+    def engine_for(name: str) -> RecordingEngine:
+        asked.append(name)
+        return recorder
+
+    with live(create_app({"tiny": entry, "tiny-law": replace(entry, base="tiny")}, engine_for)) as url:
+        with urlopen(f"{url}/v1/models/tiny-law") as response:
+            model = json.load(response)
+        assert (model["id"], model["root"], model["parent"]) == ("tiny-law", "tiny", "tiny")
+        post(url + CHAT, chat(model="tiny"))
+        post(url + CHAT, chat(model="tiny-law"))
+    assert asked == ["tiny", "tiny"]
+    assert [sampling.adapter for sampling in recorder.samplings] == [None, "tiny-law"]
 
 
 def test_a_stream_says_what_the_whole_answer_says(client: openai.OpenAI):
@@ -53,7 +59,7 @@ def test_a_stream_says_what_the_whole_answer_says(client: openai.OpenAI):
     *chunks, last = list(stream)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.choices[0].message.content
     assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
-    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [chunk.choices[0].delta.role for chunk in chunks] == ["assistant"] + [None] * (len(chunks) - 1)
     assert last.choices == [] and last.usage and whole.usage
     assert last.usage.model_dump() == whole.usage.model_dump()
     assert whole.usage.completion_tokens == 40
@@ -69,20 +75,32 @@ def test_a_stream_says_what_the_whole_answer_says(client: openai.OpenAI):
         "  two spaces,\ttab\nline, umlaut ü, emoji 🛶, a zero \x00 byte ",
     ],
 )
-def test_served_ids_are_the_trained_ids(
-    client: openai.OpenAI, recorder: RecordingEngine, entry: ModelEntry, content: str
-):
+def test_served_ids_are_the_trained_ids(tmp_path: Path, content: str):
+    """Whoever writes it: a marker or an end in a system prompt, a question or an answer sent back stays text."""
+    tokenizer = train_tokenizer([*TEXT, "if a < b | b > c: pass"], tmp_path, 400)
+    engine = RecordingEngine(ScriptedEngine(Delta(" Yes", 1, "stop")))
     turns: list[Any] = [
-        {"role": "system", "content": "Be brief."},
+        {"role": "system", "content": content},
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": content},
         {"role": "user", "content": content},
     ]
-    client.chat.completions.create(model="tiny", messages=turns, max_tokens=1)
-    prompt = recorder.prompts[-1]
-    trained, _ = render([*turns, {"role": "assistant", "content": "Yes"}], entry.tokenizer)
+    with live(create_app({"tiny": ModelEntry(tokenizer=tokenizer, context_tokens=1024)}, lambda _: engine)) as url:
+        assert post(url + CHAT, chat(messages=turns, stop=["</s>", "<|prompt|>"]))[0] == 200
+    prompt = engine.prompts[-1]
+    trained, _ = render([*turns, {"role": "assistant", "content": "Yes"}], tokenizer)
     assert prompt == trained[: len(prompt)], "training goes on where the served prompt ends"
-    assert prompt.count(entry.tokenizer.eos_id) == 3 and prompt.count(entry.tokenizer.bos_id) == 1
+    assert prompt.count(tokenizer.eos_id) == 3 and prompt.count(tokenizer.bos_id) == 1
+    for marker in (PROMPT_MARKER, ANSWER_MARKER):
+        ids = tokenizer.encode(marker)
+        places = [start for start in range(len(prompt)) if prompt[start : start + len(ids)] == ids]
+        assert len(places) == 2, f"{marker} stands where somebody speaks, and nowhere else"
+
+
+def test_control_tokens_in_a_plain_prompt_are_text(client: openai.OpenAI, recorder: RecordingEngine, entry: ModelEntry):
+    client.completions.create(model="tiny", prompt="<s>Go on</s>", max_tokens=1)
+    prompt = recorder.prompts[-1]
+    assert prompt.count(entry.tokenizer.bos_id) == 1 and entry.tokenizer.eos_id not in prompt
 
 
 def test_message_parts_are_one_text(client: openai.OpenAI, recorder: RecordingEngine):
@@ -90,6 +108,18 @@ def test_message_parts_are_one_text(client: openai.OpenAI, recorder: RecordingEn
     for content in (parts, HELLO[0]["content"]):
         client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": content}], max_tokens=1)
     assert recorder.prompts[-1] == recorder.prompts[-2]
+
+
+def test_wishes_reach_the_engine(client: openai.OpenAI, recorder: RecordingEngine):
+    extra = {"top_k": 7, "repetition_penalty": 1.1}
+    client.chat.completions.create(
+        model="tiny", messages=HELLO, max_completion_tokens=3, temperature=0.5, top_p=0.9, presence_penalty=0.1,
+        frequency_penalty=0.2, seed=11, stop="never said", extra_body=extra,
+    )  # fmt: skip
+    asked = recorder.samplings[-1]
+    assert (asked.max_tokens, asked.temperature, asked.top_p, asked.top_k) == (3, 0.5, 0.9, 7)
+    assert (asked.presence_penalty, asked.frequency_penalty, asked.repetition_penalty) == (0.1, 0.2, 1.1)
+    assert (asked.seed, asked.stop, asked.logprobs, asked.json_schema) == (11, ("never said",), None, None)
 
 
 def test_several_choices_have_seeds_of_their_own(client: openai.OpenAI):
@@ -126,187 +156,174 @@ def test_an_answer_ends_where_the_context_does(client: openai.OpenAI):
 
 
 def test_completions_continue_text_and_ids_alike(client: openai.OpenAI, entry: ModelEntry):
-    text = "The Danube rises in"
-    ids = [entry.tokenizer.bos_id, *entry.tokenizer.encode(text)]
-    both = client.completions.create(model="tiny", prompt=[text, text], max_tokens=8, temperature=0)
-    from_ids = client.completions.create(model="tiny", prompt=ids, max_tokens=8, temperature=0)
-    assert [choice.index for choice in both.choices] == [0, 1]
-    assert both.choices[0].text == both.choices[1].text == from_ids.choices[0].text
-    assert both.usage and both.usage.prompt_tokens == 2 * len(ids)
+    ids = [entry.tokenizer.bos_id, *entry.tokenizer.encode(RIVER)]
+    for prompt, count in ((RIVER, 1), ([RIVER, RIVER], 2), (ids, 1), ([ids, ids], 2)):
+        answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=8, temperature=0)
+        assert [choice.index for choice in answer.choices] == list(range(count))
+        assert answer.usage and answer.usage.prompt_tokens == count * len(ids)
+        assert {choice.text for choice in answer.choices} == {
+            client.completions.create(model="tiny", prompt=ids, max_tokens=8, temperature=0).choices[0].text
+        }
 
 
 def test_page_and_health(url: str):
     with urlopen(f"{url}/") as page:
-        assert "default-src 'self'" in page.headers["content-security-policy"]
+        assert "default-src 'none'" in page.headers["content-security-policy"]
         assert b"<title>Danube</title>" in page.read()
     with urlopen(f"{url}/health") as health:
         assert json.load(health) == {"status": "ok", "models": ["tiny", "short"]}
 
 
-# ---- refusals: an OpenAI error, before any stream, never a 500 ----
-
-BAD_BODIES: list[tuple[bytes | dict[str, Any], int, str | None]] = [
-    (b"", 400, None),
-    (b"{not json", 400, None),
-    (b"[]", 400, None),
-    (b"null", 400, None),
-    (b'{"model": "tiny", "messages": "\xff\xfe"}', 400, None),
-    (b"[" * 100_000, 400, None),
-    (b'{"seed": ' + b"9" * 5_000 + b"}", 400, None),
-    (b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}', 400, "messages"),
-    (b'{"model": "\\ud800", "messages": [{"role": "user", "content": "Hi"}]}', 400, "model"),
-    (b'{"model": "tiny", "stop": "\\ud800", "messages": [{"role": "user", "content": "Hi"}]}', 400, "stop"),
-    (b'{"model": "tiny", "\\ud800": 1, "messages": [{"role": "user", "content": "Hi"}]}', 400, None),
-    (chat(messages=[{"role": "user", "content": "x" * 300_000}]), 413, None),
-    (chat(model="huge"), 404, "model"),
-    (chat(model=None), 400, "model"),
-    (chat(model=7), 400, "model"),
-    ({"model": "tiny"}, 400, "messages"),
-    (chat(messages=[]), 400, "messages"),
-    (chat(messages="Hi"), 400, "messages"),
-    (chat(messages=[{"role": "wizard", "content": "Hi"}]), 400, "messages"),
-    (chat(messages=[{"role": "user", "content": None}]), 400, "messages"),
-    (chat(messages=[{"role": "user", "content": "  "}]), 400, "messages"),
-    (chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]), 400, "messages"),
-    (chat(messages=[*HELLO, *HELLO]), 400, "messages"),
-    (chat(messages=[*HELLO, {"role": "assistant", "content": "The Volga"}]), 400, "messages"),
-    (chat(messages=[{"role": "system", "content": "Be brief"}]), 400, "messages"),
-    (chat(temperature=-1), 400, "temperature"),
-    (chat(temperature="hot"), 400, "temperature"),
-    (chat(temperature=True), 400, "temperature"),
-    (chat(temperature=float("nan")), 400, "temperature"),
-    (chat(temperature=float("inf")), 400, "temperature"),
-    (chat(top_p=0), 400, "top_p"),
-    (chat(repetition_penalty=0), 400, "repetition_penalty"),
-    (chat(max_tokens=0), 400, "max_tokens"),
-    (chat(max_tokens=2.5), 400, "max_tokens"),
-    (chat(max_tokens=10**9), 400, "max_tokens"),
-    (chat(max_completion_tokens=10**9), 400, "max_tokens"),
-    (chat(n=0), 400, "n"),
-    (chat(n=10**6), 400, "n"),
-    (chat(seed=2**70), 400, "seed"),
-    (chat(stop=""), 400, "stop"),
-    (chat(stop=["a"] * 5), 400, "stop"),
-    (chat(stream="yes"), 400, "stream"),
-    (chat(stream_options={"more": 1}), 400, "stream_options"),
-    (chat(tools=[{"type": "function"}]), 400, "tools"),
-    (chat(logprobs=True), 400, "logprobs"),
-    (chat(response_format={"type": "json_object"}), 400, "response_format"),
-]
+# ---- log-probabilities ----
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(("body", "status", "param"), BAD_BODIES)
-def test_bad_requests_are_told_what_is_wrong(
-    url: str, body: bytes | dict[str, Any], status: int, param: str | None, stream: bool
+@pytest.mark.parametrize("top", [0, 1, 5])
+@pytest.mark.parametrize("text", [RIVER, "A zero \x00, ü, 🛶 and  two spaces", " led by a space"])
+def test_an_echoed_prompt_has_the_log_probabilities_that_evaluation_measures(
+    url: str, served: ServedModel, entry: ModelEntry, top: int, text: str
 ):
-    if stream and isinstance(body, dict) and "stream" not in body:
-        body = {**body, "stream": True}
-    got, headers, answer = post(url + CHAT, body)
-    assert (got, headers["content-type"]) == (status, "application/json")
-    error = answer["error"]
-    assert error.keys() == {"message", "type", "param", "code"} and error["message"]
-    assert error["param"] == param if param is None else error["param"].startswith(param)
+    ids = [entry.tokenizer.bos_id, *entry.tokenizer.encode(text)]
+    with GgufModel(served.weights, context_length=256) as model:
+        expected = model.log_probs([ids])[0]
+    for prompt, max_tokens in ((text, 0), (ids, 0), (text, 1)):
+        body = {"model": "tiny", "prompt": prompt, "echo": True, "logprobs": top, "max_tokens": max_tokens}
+        status, _, answer = post(url + COMPLETIONS, {**body, "temperature": 0})
+        choice = answer["choices"][0]
+        told, start = choice["logprobs"], 1 if prompt is text else 0  # bos is no part of a text
+        n = len(ids) - start
+        assert status == 200 and choice["finish_reason"] == "length" and choice["text"].startswith(text)
+        assert {key: len(values) for key, values in told.items()} == dict.fromkeys(told, n + max_tokens)
+        assert told["token_logprobs"][0] is told["top_logprobs"][0] is None
+        assert start == 1 or told["tokens"][0] == "<s>"
+        np.testing.assert_allclose(told["token_logprobs"][1:n], expected[start:], atol=2e-2)
+        for logprob, likeliest in zip(told["token_logprobs"][1:n], told["top_logprobs"][1:n], strict=True):
+            assert logprob in likeliest.values() and max(top, 1) <= len(likeliest) <= top + 1
+            assert list(likeliest.values())[:top] == sorted(likeliest.values(), reverse=True)[:top]
+        assert answer["usage"]["prompt_tokens"] == len(ids) and answer["usage"]["completion_tokens"] == max_tokens
 
 
-def test_too_long_a_prompt_is_an_error_before_the_stream(client: openai.OpenAI):
-    with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(
-            model="short", messages=[{"role": "user", "content": "river " * 80}], stream=True
-        )
-    assert caught.value.code == "context_length_exceeded"
-    assert "context of 64" in caught.value.message
+def test_text_offsets_say_where_each_token_begins(url: str):
+    text = "Der Fluß 🛶 heißt  Donau."
+    body = {"model": "tiny", "prompt": text, "echo": True, "logprobs": 0, "max_tokens": 8, "temperature": 0}
+    choice = post(url + COMPLETIONS, body)[2]["choices"][0]
+    tokens, offsets, whole = choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"], choice["text"]
+    assert tokens[0] == " D" and offsets[:2] == [0, 1] and offsets == sorted(offsets)
+    assert whole.startswith(text)
+    ends = [*offsets[1:], len(whole)]
+    for position, (token, start, end) in enumerate(zip(tokens, offsets, ends, strict=True)):
+        if not token.startswith("bytes:"):
+            assert whole[start:end] == (token.removeprefix(" ") if position == 0 else token)
+    assert "bytes:\\xf0" in tokens, "a canoe is four bytes here"
 
 
-@pytest.mark.parametrize("prompt", ["", [], [""], [[]], [-1], [512], [[1, 2], [10**12]], [1.5], ["a", 1], "\ud800"])
-def test_bad_prompts(url: str, prompt: object):
-    body = {"model": "tiny", "prompt": prompt, "max_tokens": 1}
-    if prompt in ("", [""]):  # bos alone is a prompt: the start of a document
-        assert post(f"{url}/v1/completions", body)[0] == 200
-    else:
-        status, _, answer = post(f"{url}/v1/completions", body)
-        assert status == 400 and answer["error"]["param"].startswith("prompt")
+def test_an_echo_without_log_probabilities_and_in_a_stream(url: str):
+    body = {"model": "tiny", "prompt": [RIVER, RIVER], "max_tokens": 8, "temperature": 0}
+    plain = post(url + COMPLETIONS, body)[2]["choices"]
+    echoed = post(url + COMPLETIONS, {**body, "echo": True})[2]["choices"]
+    assert [choice["text"] for choice in echoed] == [RIVER + choice["text"] for choice in plain]
+    told = {"echo": True, "logprobs": 2}
+    whole = post(url + COMPLETIONS, {**body, **told})[2]["choices"]
+    *chunks, done = stream(url + COMPLETIONS, {**body, **told})
+    assert done == "[DONE]"
+    for index in (0, 1):
+        mine = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == index]
+        assert "".join(choice["text"] for choice in mine) == whole[index]["text"]
+        keys = ("tokens", "text_offset")
+        told = {key: [value for choice in mine for value in choice["logprobs"][key]] for key in keys}
+        assert told == {key: whole[index]["logprobs"][key] for key in told}
+        logprobs = [value for choice in mine for value in choice["logprobs"]["token_logprobs"]]
+        assert logprobs[1:] == pytest.approx(whole[index]["logprobs"]["token_logprobs"][1:], abs=1e-3)
 
 
-def test_a_body_of_unannounced_length_is_counted(url: str):
-    request = Request(url + CHAT, iter([b" " * 2**16] * 80), {"content-type": "application/json"})
-    with pytest.raises(HTTPError) as caught:
-        urlopen(request)
-    assert caught.value.code == 413 and json.load(caught.value)["error"]["message"]
+def test_drawn_tokens_have_log_probabilities_too(url: str, served: ServedModel, entry: ModelEntry):
+    with GgufModel(served.weights, context_length=256) as model:
+        prompt = [entry.tokenizer.bos_id, *entry.tokenizer.encode(RIVER)]
+        prompt += model.generate(prompt, 20)  # at first random weights draw bytes, of which engines tell less
+        drawn = model.generate(prompt, 4)
+        expected = model.log_probs([prompt + drawn])[0][-4:]
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": 4, "temperature": 0, "logprobs": 3}
+    choice = post(url + COMPLETIONS, body)[2]["choices"][0]
+    told = choice["logprobs"]
+    assert told["tokens"] == [entry.tokenizer.pieces[token].replace("▁", " ") for token in drawn]
+    assert "".join(told["tokens"]) == choice["text"]
+    assert told["text_offset"] == [sum(map(len, told["tokens"][:place])) for place in range(4)]
+    np.testing.assert_allclose(told["token_logprobs"], expected, atol=2e-2)
 
 
-def test_unknown_paths_and_methods(url: str):
-    status, _, answer = post(f"{url}/v1/embeddings", {})
-    assert status == 404 and answer["error"]["message"]
-    status, _, answer = post(f"{url}/health", {})
-    assert status == 405 and answer["error"]["message"]
+def test_tokens_of_which_the_engine_tells_nothing_keep_their_places(entry: ModelEntry):
+    """lm-eval counts from the end of the list, where an end of the answer may not be told."""
+    engine = ScriptedEngine(Delta(" a", 1, None, (TokenLogprob(300, -0.5, ((300, -0.5),)),)), Delta("", 3, "stop"))
+    engine.scores = [TokenLogprob(token, -1.0) for token in entry.tokenizer.encode(RIVER)]
+    with live(create_app({"tiny": entry}, lambda _: engine)) as url:
+        body = {"model": "tiny", "prompt": RIVER, "echo": True, "logprobs": 0}
+        told = post(url + COMPLETIONS, body)[2]["choices"][0]["logprobs"]
+        assert told["token_logprobs"] == [None, *[-1.0] * (len(engine.scores) - 1), -0.5, None, None]
+        chunks = stream(url + COMPLETIONS, body)[:-1]
+    streamed = [chunk["choices"][0]["logprobs"]["token_logprobs"] for chunk in chunks]
+    assert [logprob for chunk in streamed for logprob in chunk] == told["token_logprobs"]
 
 
-# ---- engines that fail ----
+def test_what_json_has_no_word_for_is_a_number_that_clients_know(entry: ModelEntry):
+    engine = ScriptedEngine(Delta(" a", 1, "stop", (TokenLogprob(300, float("-inf"), ((301, 0.0),)),)))
+    with live(create_app({"tiny": entry}, lambda _: engine)) as url:
+        token = post(url + CHAT, chat(logprobs=True))[2]["choices"][0]["logprobs"]["content"][0]
+        told = post(url + COMPLETIONS, {"model": "tiny", "prompt": "", "logprobs": 1})[2]["choices"][0]["logprobs"]
+    assert token["logprob"] == told["token_logprobs"][0] == -9999
 
 
-class ScriptedEngine:
-    """Yields what it is given; raises what is an exception; waits for ever at None."""
-
-    def __init__(self, *script: Delta | EngineError | None) -> None:
-        self.script = script
-
-    async def generate(self, prompt: Sequence[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
-        for step in self.script:
-            if isinstance(step, EngineError):
-                raise step
-            if step is None:
-                await asyncio.Event().wait()
-            else:
-                yield step
+# ---- embeddings ----
 
 
-@pytest.fixture
-def scripted(entry: ModelEntry) -> Iterator[tuple[str, list[ScriptedEngine]]]:
-    engines: list[ScriptedEngine] = []
-    with live(create_app({"tiny": entry}, lambda _: engines[-1], GateSettings(deadline_s=0.2))) as url:
-        yield url + CHAT, engines
+def test_embeddings_of_text_and_ids(url: str, entry: ModelEntry):
+    ids = [entry.tokenizer.bos_id, *entry.tokenizer.encode(RIVER)]
+    answers = [post(url + EMBEDDINGS, {"model": "tiny", "input": given})[2] for given in (RIVER, ids, [RIVER, "Volga"])]
+    first, from_ids, both = ([item["embedding"] for item in answer["data"]] for answer in answers)
+    assert first == from_ids and len(both) == 2
+    np.testing.assert_allclose(both[0], first[0], atol=1e-5)
+    assert np.linalg.norm(first[0]) == pytest.approx(1, abs=1e-4) and not np.allclose(both[0], both[1])
+    assert answers[0]["usage"] == {"prompt_tokens": len(ids), "total_tokens": len(ids)}
+    coded = post(url + EMBEDDINGS, {"model": "tiny", "input": RIVER, "encoding_format": "base64"})[2]
+    raw = base64.b64decode(coded["data"][0]["embedding"])
+    assert struct.unpack(f"<{len(raw) // 4}f", raw) == pytest.approx(first[0])
 
 
-def stream_of(url: str) -> list[str]:
-    body = json.dumps(chat(stream=True)).encode()
-    with urlopen(Request(url, body, {"content-type": "application/json"})) as response:
-        return response.read().decode().removesuffix("\n\n").split("\n\n")
+def test_embeddings_have_the_models_dimensions(url: str):
+    size = len(post(url + EMBEDDINGS, {"model": "tiny", "input": "Volga"})[2]["data"][0]["embedding"])
+    assert post(url + EMBEDDINGS, {"model": "tiny", "input": "Volga", "dimensions": size})[0] == 200
+    status, _, answer = post(url + EMBEDDINGS, {"model": "tiny", "input": "Volga", "dimensions": size - 1})
+    assert (status, answer["error"]["param"]) == (400, "dimensions") and str(size) in answer["error"]["message"]
 
 
-def test_an_engine_lost_in_mid_stream_ends_in_an_error_event(scripted: tuple[str, list[ScriptedEngine]]):
-    url, engines = scripted
-    engines.append(ScriptedEngine(Delta(" Hel", 1), Delta("lo", 2), EngineError("lost")))
-    *chunks, last = stream_of(url)
-    assert "".join(json.loads(chunk[6:])["choices"][0]["delta"]["content"] for chunk in chunks) == "Hello"
-    assert json.loads(last[6:])["error"]["code"] == "engine_unavailable"
+# ---- the record ----
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_an_engine_that_cannot_begin_is_a_status(scripted: tuple[str, list[ScriptedEngine]], stream: bool):
-    url, engines = scripted
-    engines.append(ScriptedEngine(EngineBusy("full")))
-    status, headers, answer = post(url, chat(stream=stream))
-    assert (status, headers["retry-after"], answer["error"]["code"]) == (503, "1", "engine_busy")
+class Witness:
+    """A middleware that keeps the record of every request."""
+
+    def __init__(self, app: Any, records: list[RequestRecord]) -> None:
+        self.app, self.records = app, records
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self.app(scope, receive, send)
+        if scope["type"] == "http":
+            self.records.append(scope["state"]["record"])
 
 
-def test_the_deadline_ends_an_answer(scripted: tuple[str, list[ScriptedEngine]]):
-    url, engines = scripted
-    engines.append(ScriptedEngine(None))
-    assert post(url, chat())[2]["error"]["code"] == "deadline_exceeded"
-    engines.append(ScriptedEngine(Delta("Hello", 1), None))
-    assert json.loads(stream_of(url)[-1][6:])["error"]["code"] == "deadline_exceeded"
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_ends_its_answer(url: str, recorder: RecordingEngine, stream: bool):
-    recorder.begun.clear(), recorder.ended.clear()
-    body = json.dumps(chat(max_tokens=60_000, stream=stream)).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
-    address = urlsplit(url)
-    with socket.create_connection((address.hostname, address.port)) as connection:
-        connection.sendall(head.encode() + b"\r\n\r\n" + body)
-        assert recorder.begun.wait(20)
-        if stream:
-            assert connection.recv(1)
-    assert recorder.ended.wait(20), "60,000 tokens take minutes: this answer was to end with its client"
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("log", [False, True])
+def test_the_record_tells_what_was_asked_and_answered(entry: ModelEntry, streams: bool, log: bool):
+    records: list[RequestRecord] = []
+    engine = ScriptedEngine(Delta(" Hel", 1), Delta("lo", 2), Delta("", 3, "stop"))
+    app = create_app({"tiny": entry}, lambda _: engine, GateSettings(log_prompts=log))
+    app.add_middleware(Witness, records=records)
+    with live(app) as url:
+        (stream if streams else post)(url + CHAT, chat(n=2))
+        post(url + CHAT, chat(model="other"))
+        post(url + CHAT, chat(temperature=-1))
+    record, unknown, invalid = records
+    assert (record.model, record.stream, record.completion_tokens, record.error_code) == ("tiny", streams, 6, None)
+    assert record.prompt_tokens > 8 and record.first_token_s is not None
+    assert record.prompt == (json.dumps(HELLO) if log else None)
+    assert record.answer == (" Hello\n Hello" if log else None)
+    assert (unknown.model, unknown.error_code) == (None, "model_not_found")
+    assert (invalid.model, invalid.error_code) == (None, "invalid_request_error")

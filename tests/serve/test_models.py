@@ -44,3 +44,12 @@ def test_another_models_tokenizer_is_refused(served: ServedModel, tmp_path: Path
 def test_numbers_that_make_no_sense(served: ServedModel, field: dict[str, int]):
     with pytest.raises(ConfigError, match=next(iter(field))):
         replace(served, **field)
+
+
+def test_a_folder_is_for_gpus_and_a_file_for_cpus(served: ServedModel):
+    folder = replace(served, weights=served.weights.parent)
+    with pytest.raises(ConfigError, match="danube quantize"):
+        entry_of(folder)
+    assert entry_of(replace(folder, num_gpus=1)).context_tokens == CONTEXT_TOKENS
+    with pytest.raises(ConfigError, match="a GGUF file needs none"):
+        entry_of(replace(served, num_gpus=1))

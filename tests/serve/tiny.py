@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from danube_ray.artifacts import read_json, write_json
 from danube_ray.config import ServedModel
@@ -12,11 +13,11 @@ from tests.models import tiny_model
 CONTEXT_TOKENS = 65_536  # minutes of answer: a slot that is not given back is a test that does not end
 
 
-def tiny_served_model(folder: Path, seed: int = 0) -> ServedModel:
-    """A GGUF file with its tokenizer, in `folder`."""
+def tiny_served_model(folder: Path, seed: int = 0, **shape: Any) -> ServedModel:
+    """A GGUF file with its tokenizer, in `folder`; `shape` is `tiny_model`'s."""
     from safetensors.torch import load_file, save_file
 
-    tiny_model(folder, seed=seed)
+    tiny_model(folder, seed=seed, **shape)
     write_json(folder / "config.json", {**read_json(folder / "config.json"), "max_position_embeddings": CONTEXT_TOKENS})
     weights = load_file(folder / "model.safetensors")
     # The first hidden value is the same at every token and layer; </s> has it against itself, and so is never drawn.

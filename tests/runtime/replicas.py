@@ -1,0 +1,47 @@
+"""Serve's replicas as processes: found, waited for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import psutil
+
+POLL_S = 0.02
+
+
+def replica(deployment: str) -> int:
+    """The process of a deployment's newest replica: Serve puts the names into its title."""
+    found = replicas(deployment)
+    assert found, f"no process runs {deployment}"
+    return found[-1]
+
+
+def replicas(deployment: str) -> list[int]:
+    """Processes of this session's Ray that run replicas of a deployment, oldest first."""
+    return actors(f"ServeReplica:danube:{deployment}")
+
+
+def actors(title: str) -> list[int]:
+    """Processes of this session's Ray that run actors whose name begins so, oldest first."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "create_time"]):
+        line = " ".join(process.info["cmdline"] or ())
+        if line.startswith(f"ray::{title}") and mine(process):
+            found.append((process.info["create_time"], process.pid))
+    return [pid for _, pid in sorted(found)]
+
+
+def mine(process: psutil.Process) -> bool:
+    """Whether a process descends from this one: other servers may run on this machine."""
+    try:
+        return psutil.Process().pid in {parent.pid for parent in process.parents()}
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    """Return when `condition` holds; the test's own time limit ends a wait that is in vain."""
+    pause = threading.Event()
+    while not condition():
+        pause.wait(POLL_S)
