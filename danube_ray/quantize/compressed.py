@@ -17,11 +17,11 @@ from typing import Any, Literal, get_args
 
 from danube_ray.config import ConfigError, ModelConfig, require
 from danube_ray.model.huggingface import load_config
+from danube_ray.quantize.gguf import copy_tokenizer
 
 Scheme = Literal["FP8", "W4A16"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 GROUP_SIZE = 128  # weights that share a 4-bit scale
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,7 @@ def compress(
     temporary = Path(tempfile.mkdtemp(dir=out_folder.parent, prefix=f".{out_folder.name}."))
     try:
         _compress(model_folder, temporary, recipe, calibration if scheme == "W4A16" else ())
-        for pattern in TOKENIZER_FILES:
-            for file in model_folder.glob(pattern):
-                shutil.copy2(file, temporary / file.name)
+        copy_tokenizer(model_folder, temporary)
         temporary.chmod(0o755)
         temporary.rename(out_folder)
     finally:

@@ -289,7 +289,7 @@ def quantize(weight: np.ndarray, kind: Type, importance: np.ndarray | None = Non
 
 
 def copy_tokenizer(model_folder: Path, out_dir: Path) -> None:
-    """Put the tokenizer's files beside the GGUF files, where `danube serve` looks for them."""
+    """Put the tokenizer's files beside what is made of a model, where `danube serve` looks for them."""
     for name in TOKENIZER_FILES:
         if (model_folder / name).is_file() and model_folder.resolve() != out_dir.resolve():
             shutil.copyfile(model_folder / name, out_dir / name)

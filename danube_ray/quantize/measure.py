@@ -65,8 +65,10 @@ def reference_logits(model_folder: Path, texts: Sequence[Passage], num_threads: 
         yield text.logits(model)
 
 
-def divergence(model: GgufModel, texts: Sequence[Passage], reference: Iterable[np.ndarray]) -> Divergence:
-    """How far a GGUF file is over `texts` from the `reference` logits, which are taken one passage at a time."""
+def divergence(
+    model: GgufModel | HuggingFaceModel, texts: Sequence[Passage], reference: Iterable[np.ndarray]
+) -> Divergence:
+    """How far a model is over `texts` from the `reference` logits, which are taken one passage at a time."""
     pairs = zip(texts, reference, strict=True)
     return summarize([score(wanted, text.logits(model), text.labels) for text, wanted in pairs])
 

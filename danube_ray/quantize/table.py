@@ -26,6 +26,7 @@ from danube_ray.quantize.levels import LEVELS, Level
 from danube_ray.report.units import size
 
 Row = dict[str, Any]
+TABLE = "quantization.json"
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

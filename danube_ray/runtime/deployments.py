@@ -226,19 +226,28 @@ def application(config: ServeConfig, entries: dict[str, ModelEntry]) -> ray_serv
 
 def engine(name: str, model: ServedModel, context_tokens: int, shared: dict[str, Any]) -> ray_serve.Application:
     """A model's deployment. Its version is all that a replica is made of; the rest changes while replicas run."""
+    model = resolved(model)
+    place: dict[str, Any] = {"ray_actor_options": {"num_cpus": model.num_threads}}
+    replica, arguments = EngineReplica, (model, context_tokens)
+    if model.weights.is_dir():
+        from danube_ray.runtime import vllm  # an extra, and seconds of imports
+
+        config = vllm.llm_config(name, model, context_tokens, place)
+        place = vllm.LLMServer.get_deployment_options(config)
+        replica, arguments = vllm.VllmReplica, (config, model.adapters)
     deployment = ray_serve.deployment(
         name=f"engine-{name}",
-        ray_actor_options={"num_cpus": model.num_threads, "num_gpus": model.num_gpus},
         max_ongoing_requests=model.num_slots,
         max_queued_requests=model.max_queued,
         autoscaling_config=autoscaling(model),
         request_router_config={"max_backoff_s": QUEUE_POLL_S},
+        **place,
         **shared,
-    )(EngineReplica)
+    )(replica)
     files = (identity(model.weights), {name: identity(folder) for name, folder in model.adapters.items()})
     size = (context_tokens, model.num_slots, model.num_threads, model.num_gpus)
     versioned = deployment.options(version=content_hash((PACKAGE, files, size)), _internal=True)
-    return versioned.bind(resolved(model), context_tokens)
+    return versioned.bind(*arguments)
 
 
 def autoscaling(model: ServedModel) -> AutoscalingConfig:

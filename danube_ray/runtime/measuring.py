@@ -26,8 +26,7 @@ from danube_ray.inference.gguf import GgufModel
 from danube_ray.inference.huggingface import HuggingFaceModel
 from danube_ray.quantize.long_context import LongContext, compare_far
 from danube_ray.quantize.measure import Passage, divergence, reference_logits, speed
-from danube_ray.quantize.table import Row, with_drop, without_nan
-from danube_ray.runtime.quantization import TABLE
+from danube_ray.quantize.table import TABLE, Row, with_drop, without_nan
 
 OnProgress = Callable[[str, int, int], None]  # what is being done, how much of it is, of how much
 

@@ -20,10 +20,9 @@ from danube_ray.model.huggingface import load_config
 from danube_ray.quantize.gguf import TOKENIZER_FILES, GgufFacts, Span, converting, copy_tokenizer, write_span
 from danube_ray.quantize.imatrix import ImportanceMatrix, gather_file
 from danube_ray.quantize.levels import DEFAULT_LEVELS, LEVELS, Level, check_level
-from danube_ray.quantize.table import by_size
+from danube_ray.quantize.table import TABLE, by_size
 from danube_ray.runtime.session import session
 
-TABLE = "quantization.json"
 MODEL_FILES = ("config.json", "*.safetensors", *TOKENIZER_FILES)
 
 Row = dict[str, Any]

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
 from tempfile import TemporaryDirectory
@@ -171,8 +172,11 @@ def check(config: ServeConfig) -> dict[str, ModelEntry]:
     guard.check_bind(config.host, config.gate)
     known = entries(config)
     with TemporaryDirectory() as folder:
-        for model in config.models.values():
-            if model.weights.is_file():  # vLLM reads adapters as they are
+        for name, model in config.models.items():
+            if model.weights.is_dir():
+                remedy = "pip install 'danube-ray[vllm]'"
+                require(find_spec("vllm") is not None, f"engine of {name}", "vLLM", "one that is installed", remedy)
+            else:
                 converted_adapters(model, Path(folder))
     return known
 

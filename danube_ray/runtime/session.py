@@ -13,7 +13,7 @@ import ray.data
 import ray.util
 
 OBJECT_STORE_BYTES = 256 * 2**20
-# Serve's proxy speaks gRPC with the gate: as Ray objects, messages cost about three times as much. A node reads it once.
+# Serve's proxy speaks gRPC with the gate: as Ray objects, messages cost about three times as much. Nodes read it once.
 SERVE_ENVIRONMENT = {"RAY_SERVE_PROXY_USE_GRPC": "1"}
 
 

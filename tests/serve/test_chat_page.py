@@ -337,9 +337,11 @@ def test_a_connection_that_breaks(chromium: Browser, entry: ModelEntry, teller: 
 
         await app(scope, receive, sending)
 
-    teller.tell("The end is", " near.")
+    teller.tell("The end is", None, " near.")
     with live(torn) as url:
         chromium.visit(url)
         chromium.send("Hello")
+        chromium.wait(lambda: chromium.text(".turn.model .body") == ["The end is"])
+        teller.go.set()
         assert chromium.answered() == "The end is"
         assert chromium.text(".problem p") == ["Cut off before the end. The connection broke."]

@@ -48,7 +48,6 @@ def exact(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 def served_lm(served: Served, **options: Any) -> Any:
     """lm-eval's own client, as `lm_eval --model local-completions --model_args ...` makes it."""
-    pytest.importorskip("tenacity", reason="lm-eval's API models need it")
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
     return LocalCompletionsAPI(

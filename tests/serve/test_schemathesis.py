@@ -6,9 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import schemathesis
 from hypothesis import HealthCheck, given, settings
-
-schemathesis = pytest.importorskip("schemathesis")
 
 OPERATIONS = [
     ("GET", "/health"),
