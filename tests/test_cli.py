@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch  # noqa: F401 (here, as its log handlers keep the stderr of the import: a captured one would be closed)
 
 from danube_ray.cli import PRESET_VERBS, VERBS, main
 from danube_ray.cli.training import Unprefixed
@@ -118,7 +119,7 @@ def test_a_full_disk_is_one_error_before_anything_starts(capsys, tokens, tmp_pat
         (["dpo", "--name", "x", "--base", "b", "--data", "d", "lora:none"], "frozen base under the adapters"),
         (["evaluate", "/nowhere"], "--tasks and --tokens"),
         (["quantize", "/nowhere", "--tokens", "/nowhere", "--levels", "Q9"], "Q9"),
-        (["serve", "chat=/nowhere.gguf", "--tokenizer", "/nowhere"], "allowed is a path that exists"),
+        (["serve", "chat=/nowhere.gguf"], "of a file or folder that exists"),
         (["export", "/nowhere", "--tokenizer", "/nowhere", "--out", "/nowhere"], "has no verified checkpoint"),
         (
             ["remap", "/nowhere", "--new-tokenizer", "/nowhere", "--out", "/nowhere"],

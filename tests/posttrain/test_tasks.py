@@ -196,6 +196,7 @@ def test_a_run_with_adapters_leaves_them_as_peft_does_and_on_their_base_they_are
 ):
     config, run = aligned
     assert {file.name for file in (run / "adapter").iterdir()} == {MANIFEST, CONFIG, WEIGHTS}
+    assert read_json(run / "adapter" / CONFIG)["base_model_name_or_path"] == str(base)  # from any folder
     merged = export(run / "checkpoints" / "step-00000008", config, tmp_path / "merged", torch.float32)
     tokens = torch.arange(3, 40)[None]
     with torch.no_grad():
