@@ -94,11 +94,11 @@ def read_json(path: Path) -> Any:
 
 def commit(folder: Path, **facts: Any) -> dict[str, Any]:
     """Write the folder's manifest, last: every file under it with size and hash, and `facts`."""
-    files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_hash(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.relative_to(folder) != Path(MANIFEST) and not path.name.startswith(".")
-    }
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.relative_to(folder) != Path(MANIFEST) and not path.name.startswith("."):
+            path.chmod(path.stat().st_mode | 0o444)  # safetensors writes private files; artifacts are shared
+            files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
     manifest = {**facts, "files": files}
     write_json(folder / MANIFEST, manifest)
     return manifest

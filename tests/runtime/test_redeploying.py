@@ -26,6 +26,7 @@ from starlette.requests import Request
 
 from danube_ray.config import ConfigError, GateSettings, ServeConfig, ServedModel
 from danube_ray.inference.http import chat
+from danube_ray.runtime.deployments import room_beside
 from danube_ray.runtime.serving import Server, cluster, drain, listen, serve_details, serving
 from danube_ray.serve.files import read_config, write_config
 from tests.runtime.replicas import replica, replicas, wait_for
@@ -109,6 +110,7 @@ def test_a_redeploy_breaks_no_stream(
         before = set(load.answers)
         new = replace(changing, num_slots=4, weights=other.weights)
         write_config(replace(config, models={**config.models, "changing": new}), file)
+        wait_for(lambda: room_beside(config) == (num_threads == 1))  # what ran before may still hold CPUs
         server.reread(file)
         wait_for(lambda: set(load.answers) - before)
         deployed = serve_details()["applications"]["danube"]["deployments"]["engine-changing"]
