@@ -102,6 +102,7 @@ def test_a_text_is_read_by_either_kind_of_tokenizer(model, text, tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_levels_are_made_measured_and_reported(ray_session, capsys, model, text, tmp_path):
     out = tmp_path / "out"
     status, said = run(capsys, str(model), "--text", str(text), "--levels", "F16", "Q4_0", "--out", str(out),

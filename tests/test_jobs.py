@@ -78,6 +78,7 @@ def head() -> Iterator[Cluster]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_submitted_job_curates_on_the_cluster(head: Cluster, tmp_path: Path):
     texts = [f"Note {n}. {PROSE} This is what the reader of note {n} will find in it." for n in range(4)]
     source = tmp_path / "notes.jsonl"

@@ -184,6 +184,7 @@ def test_a_worker_begins_no_case_that_may_not_end_in_time(tmp_path: Path, capsys
     assert (tmp_path / "summary.md").read_text().strip().endswith("nano-128-bf16-sdpa.")
 
 
+@pytest.mark.slow
 def test_the_whole_suite_runs_from_the_command_line_without_ray_or_tyro(tmp_path: Path):
     for absent in ("ray", "tyro"):
         (tmp_path / f"{absent}.py").write_text(f"raise ImportError('no {absent} here')")

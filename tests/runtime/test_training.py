@@ -69,6 +69,7 @@ def whole(ray_session, tokens, tmp_path_factory) -> RunConfig:
     return run
 
 
+@pytest.mark.slow
 def test_a_killed_worker_changes_no_bit(whole, tokens, tmp_path):
     run = long_run(tokens, tmp_path, "killed", num_workers=2)
     with ThreadPoolExecutor(1) as pool:

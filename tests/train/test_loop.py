@@ -140,6 +140,7 @@ def torchrun(workers: int, folder: Path, steps: int) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_four_workers_train_what_one_does(tmp_path):
     """Six windows over four ranks: two each, the last rank only padding."""
     fit(CountingTask(), tmp_path / "one", SETTINGS, OPTIMIZER, LocalContext())
