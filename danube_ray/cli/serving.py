@@ -3,51 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from danube_ray.cli.console import Positional, console
-from danube_ray.config import DEFAULT_HOST, DEFAULT_PORT, GateSettings, ServeConfig, ServedModel, require
-
-
-@dataclass(frozen=True, kw_only=True)
-class Engine:
-    """What every one of the models gets: the fields of a `ServedModel`.
-
-    Args:
-        tokenizer_folder: the models' tokenizer, where it doesn't lie beside the weights.
-        adapters: LoRA folders of PEFT for the one model; each is served as a model of that name.
-        context_tokens: what prompt and answer hold together; None takes the model's.
-        num_slots: answers that an engine generates at the same time.
-        num_threads: CPUs of an engine.
-        num_gpus: GPUs of an engine, for vLLM.
-        min_replicas: engines kept of each model; 0 unloads an idle one.
-        max_replicas: engines of each model under load.
-        max_queued: requests that wait for a slot before others are sent away.
-        idle_s: seconds without load after which an engine above the minimum goes.
-    """
-
-    tokenizer_folder: Path | None = None
-    adapters: dict[str, Path] | None = None
-    context_tokens: int | None = None
-    num_slots: int = 4
-    num_threads: int = 2
-    num_gpus: int = 0
-    min_replicas: int = 1
-    max_replicas: int = 1
-    max_queued: int = 64
-    idle_s: float = 120.0
-
-    def model(self, weights: Path) -> ServedModel:
-        return ServedModel(weights=weights, **{**asdict(self), "adapters": self.adapters or {}})
+from danube_ray.config import (
+    DEFAULT_HOST,
+    DEFAULT_PORT,
+    EngineSettings,
+    GateSettings,
+    ServeConfig,
+    ServedModel,
+    require,
+)
 
 
 def serve(
     models: Positional[tuple[str, ...]] = (),
-    engine: Annotated[Engine, tyro.conf.arg(name="")] = Engine(),
+    engine: Annotated[EngineSettings, tyro.conf.arg(name="")] = EngineSettings(),
     gate: Annotated[GateSettings, tyro.conf.arg(name="")] = GateSettings(),
     host: str = DEFAULT_HOST,
     port: int = DEFAULT_PORT,
@@ -74,7 +49,7 @@ def serve(
 
     if config is not None:
         given = (models, engine, gate, host, port, write_config)
-        none = ((), Engine(), GateSettings(), DEFAULT_HOST, DEFAULT_PORT, None)
+        none = ((), EngineSettings(), GateSettings(), DEFAULT_HOST, DEFAULT_PORT, None)
         remedy = "the file holds them all"
         require(given == none, "--config", str(config), "no models or options beside it", remedy)
         serving.serve(files.read_config(config), config)
@@ -87,7 +62,7 @@ def serve(
     console.print(f"configuration in [bold]{write_config}[/bold]: danube serve --config {write_config}", soft_wrap=True)
 
 
-def named_models(arguments: Sequence[str], engine: Engine) -> dict[str, ServedModel]:
+def named_models(arguments: Sequence[str], engine: EngineSettings) -> dict[str, ServedModel]:
     """A model for each `[NAME=]PATH`; `ConfigError` for a path that isn't there, or a name given twice."""
     named: dict[str, ServedModel] = {}
     for argument in arguments:
@@ -96,10 +71,8 @@ def named_models(arguments: Sequence[str], engine: Engine) -> dict[str, ServedMo
         require(path.exists(), "model", argument, "NAME=PATH or PATH, of a file or folder that exists")
         name = name if equals else path.stem
         require(name not in named, "model", argument, f"one path for {name!r}")
-        named[name] = engine.model(path)
+        named[name] = ServedModel(weights=path, **vars(engine))
     require(bool(named), "models", list(arguments), "at least one", "or a file: --config FILE")
     one = len(named) == 1 or not engine.adapters
-    require(
-        one, "--adapters", list(engine.adapters or ()), "those of one model", "a configuration file has them by model"
-    )
+    require(one, "--adapters", list(engine.adapters), "those of one model", "a configuration file has them by model")
     return named

@@ -15,7 +15,7 @@ from danube_ray.config.finetuning import DpoConfig, EncoderConfig, FinetuneConfi
 from danube_ray.config.model import BOS_ID, EOS_ID, UNK_ID, ModelConfig
 from danube_ray.config.rules import NO_RULES, RULE_SETS, RULES, SIGNALS, WEB_RULES, HeuristicRules, LineRules
 from danube_ray.config.run import QUALITY_BOUNDS, RunConfig, StageConfig
-from danube_ray.config.serving import DEFAULT_HOST, DEFAULT_PORT, GateSettings, ServeConfig, ServedModel
+from danube_ray.config.serving import DEFAULT_HOST, DEFAULT_PORT, EngineSettings, GateSettings, ServeConfig, ServedModel
 from danube_ray.config.training import (
     FP8_SCALINGS,
     AttentionBackend,
@@ -53,6 +53,7 @@ __all__ = [
     "StageConfig",
     "DEFAULT_HOST",
     "DEFAULT_PORT",
+    "EngineSettings",
     "GateSettings",
     "ServeConfig",
     "ServedModel",

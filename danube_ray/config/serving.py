@@ -13,23 +13,23 @@ DEFAULT_PORT = 8000
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServedModel:
-    """One model, the tokenizer of its training, and how far its engine scales.
+class EngineSettings:
+    """How a model is run, and how far its engine scales.
 
-    weights: a GGUF file (llama.cpp, on CPUs), or a Hugging Face folder (vLLM, on GPUs).
-    tokenizer_folder: None takes the folder that the weights lie in, or are.
-    adapters: LoRA folders of PEFT by name; each is served as a model of that name.
-    context_tokens: what prompt and answer hold together. None takes the model's context, or its sliding window where
-        that is shorter: llama.cpp attends to everything, the model never learnt to.
-    num_slots: answers that one engine generates at the same time.
-    num_threads, num_gpus: what one engine takes of the cluster; vLLM spreads a model over its GPUs.
-    min_replicas, max_replicas: engines kept, and engines under load. With a minimum of 0 an idle model is unloaded, and
-        the first request after that waits for it.
-    max_queued: requests that wait for a slot before others are sent away.
-    idle_s: seconds without load after which an engine above the minimum goes.
+    Args:
+        tokenizer_folder: the tokenizer of the model's training, where it doesn't lie beside the weights.
+        adapters: LoRA folders of PEFT by name; each is served as a model of that name.
+        context_tokens: what prompt and answer hold together. None takes the model's context, or its sliding window
+            where that is shorter: llama.cpp attends to everything, the model never learnt to.
+        num_slots: answers that one engine generates at the same time.
+        num_threads: CPUs of one engine.
+        num_gpus: GPUs of one engine, for vLLM, which spreads a model over them.
+        min_replicas: engines kept; 0 unloads an idle model, and the first request after that waits for it.
+        max_replicas: engines under load.
+        max_queued: requests that wait for a slot before others are sent away.
+        idle_s: seconds without load after which an engine above the minimum goes.
     """
 
-    weights: Path
     tokenizer_folder: Path | None = None
     adapters: dict[str, Path] = field(default_factory=dict)
     context_tokens: int | None = None
@@ -43,13 +43,20 @@ class ServedModel:
 
     def __post_init__(self) -> None:
         require_positive(self, "num_slots", "num_threads", "max_replicas", "max_queued", "idle_s")
-        require(self.num_gpus >= 0, "ServedModel.num_gpus", self.num_gpus, "0 or more")
+        require(self.num_gpus >= 0, "num_gpus", self.num_gpus, "0 or more")
         if self.context_tokens is not None:
             require_positive(self, "context_tokens")
         allowed = f"0 to max_replicas={self.max_replicas}"
-        require(0 <= self.min_replicas <= self.max_replicas, "ServedModel.min_replicas", self.min_replicas, allowed)
+        require(0 <= self.min_replicas <= self.max_replicas, "min_replicas", self.min_replicas, allowed)
         for name in self.adapters:
             require(valid_name(name), "adapter name", name, "letters, digits, '.', '_' and '-'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedModel(EngineSettings):
+    """One model: `weights` are a GGUF file (llama.cpp, on CPUs), or a Hugging Face folder (vLLM, on GPUs)."""
+
+    weights: Path
 
 
 @dataclass(frozen=True, kw_only=True)
