@@ -73,3 +73,7 @@ class EncoderConfig(FinetuneConfig):
 
     batch_size: int = 16
     micro_batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.lora is None, "EncoderConfig.lora", self.lora, "None", "an encoder is trained whole")

@@ -61,7 +61,7 @@ def test_a_line_tells_what_happened_and_not_what_was_said(keyed: Gate, log: Line
     assert usage and (line["prompt_tokens"], line["completion_tokens"]) == (usage.prompt_tokens, 4)
     told = {"caller": "alice", "method": "POST", "path": "/v1/chat/completions", "status": 200, "model": "tiny"}
     assert told.items() <= line.items() and line["error"] is None and line["stream"] is False
-    assert 0 < line["first_token_s"] <= line["seconds"] < 60
+    assert 0 < line["first_token_s"] <= line["seconds"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", line["time"])
     assert "river" not in str(log.lines) and keyed.secrets["alice"] not in str(log.lines)
 
