@@ -21,6 +21,7 @@ from vllm.entrypoints.openai.completion.protocol import (
 )
 
 from danube_ray.config import ServedModel
+from danube_ray.runtime.deployments import engine
 from danube_ray.runtime.vllm import VllmReplica, llm_config
 from danube_ray.serve.engines import Delta, EngineRejected, Sampling, TokenLogprob
 from danube_ray.serve.vllm_format import completion, scoring
@@ -104,3 +105,12 @@ def test_every_field_that_is_sent_is_one_of_vllms():
 
 def test_the_script_speaks_rays_protocol():
     assert {"start", "completions", "resolve_lora"} <= set(dir(LLMEngine))
+
+
+@pytest.mark.ray
+def test_a_folder_is_deployed_with_its_gpus_and_a_file_without(ray_session: None, tmp_path: Path):
+    folder = ServedModel(weights=tiny_model(tmp_path / "model"), num_gpus=2, num_threads=3)
+    deployment = engine("m", folder, 64, {})._bound_deployment
+    assert deployment.func_or_class is VllmReplica
+    bundles = deployment._replica_config.placement_group_bundles
+    assert sum(bundle.get("GPU", 0) for bundle in bundles) == 2 and bundles[0]["CPU"] >= 3
