@@ -106,7 +106,7 @@ def web(tmp_path) -> Path:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("step", ["judge", "finish"])
+@pytest.mark.parametrize("step", [pytest.param("judge", marks=pytest.mark.slow), "finish"])
 def test_killed_and_started_again_it_leaves_the_same_bytes(ray_session, web, tmp_path, step):
     settings, kill_after = CurationConfig(**SMALL), 3
     curate({"web": web}, tmp_path / "whole", settings)

@@ -42,7 +42,11 @@ with torchrun_context() as context:
 
 
 @pytest.mark.parametrize(
-    ("how", "said"), [("waits", "in forward of micro-batch 1"), ("stops", "its process has stopped")]
+    ("how", "said"),
+    [
+        pytest.param("waits", "in forward of micro-batch 1", marks=pytest.mark.slow),
+        ("stops", "its process has stopped"),
+    ],
 )
 def test_the_rank_that_hangs_is_named_and_the_others_do_not_wait_for_ever(tmp_path: Path, how: str, said: str):
     script = tmp_path / "rank.py"

@@ -247,6 +247,7 @@ def same(found: Saved, expected: Saved) -> None:
         torch.testing.assert_close(found[name], tensor, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("parallelism", "steps"), [("zero1", STEPS), ("zero2", STEPS), ("zero3", KEPT)])
 def test_losses_norms_weights_and_moments_are_those_of_ddp(folder, parallelism, steps):
     expected = load_file(folder / f"ddp-{steps}.safetensors")
@@ -256,12 +257,14 @@ def test_losses_norms_weights_and_moments_are_those_of_ddp(folder, parallelism, 
     same(load_file(folder / f"{parallelism}-{steps}.safetensors"), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["zero2-3", "zero3-3", "zero2-1"])
 def test_a_state_goes_from_ddp_to_zero_to_another_stage_and_number_of_workers(folder, end):
     whole = load_file(folder / f"ddp-{STEPS}.safetensors")
     same(load_file(folder / f"chain-{end}.safetensors"), state_of(whole))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("parallelism", "end"), [("zero1", "zero1-resumed"), ("zero2", "zero2-rolled-back")])
 def test_a_run_resumed_or_rolled_back_in_place_ends_with_the_same_bits(folder, parallelism, end):
     found = load_file(folder / f"{end}.safetensors")
@@ -269,6 +272,7 @@ def test_a_run_resumed_or_rolled_back_in_place_ends_with_the_same_bits(folder, p
         assert torch.equal(found[name], expected), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallelism", STAGES)
 def test_discarded_steps_leave_no_trace(folder, parallelism):
     expected = load_file(folder / "ddp-discarding.safetensors")
@@ -276,6 +280,7 @@ def test_discarded_steps_leave_no_trace(folder, parallelism):
     same(load_file(folder / f"{parallelism}-discarding.safetensors"), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallelism", STAGES)
 def test_autocast_around_the_forward_pass_holds_inside(folder, parallelism):
     """The first loss is computed by the same weights; from then on bf16 rounds differences of 1e-7 up to its own."""
@@ -284,6 +289,7 @@ def test_autocast_around_the_forward_pass_holds_inside(folder, parallelism):
     assert found[1] == pytest.approx(expected[1].item(), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_loop_goes_on_from_one_stage_s_checkpoint_under_another(folder):
     found, expected = (
         [row["loss"] for row in read_json_lines(folder / name / METRICS) if row["kind"] == "train"]
