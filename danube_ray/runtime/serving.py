@@ -129,8 +129,9 @@ class Server:
         for name, model in self.config.models.items():
             loaded = "is loaded at the first request"
             if model.min_replicas:
-                engine = ray_serve.get_deployment_handle(f"engine-{name}", APPLICATION)
-                loaded = f"loaded in {engine.load_s.remote().result():.1f} s"
+                load_s = ray_serve.get_deployment_handle(f"engine-{name}", APPLICATION).options(method_name="load_s")
+                loaded = f"loaded in {load_s.remote().result():.1f} s"
+                load_s.shutdown()  # it would go on telling the controller of its load, also when there is none any more
             adapters = f", adapters {', '.join(model.adapters)}" if model.adapters else ""
             print(f"{name}: {self.url}/v1 ({loaded}{adapters})")
         print(f"requests are logged in {get_serve_logs_dir()}/requests-*.jsonl, on the gate's node")
