@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from danube_ray.cli.console import console
@@ -12,12 +13,13 @@ from danube_ray.quantize.estimate import LevelSize
 from danube_ray.report.units import MISSING, count, decimal, percent, size
 
 Row = dict[str, Any]
+WIDTH = 100
 
 
 def print_table(rows: Sequence[Row]) -> None:
     """What levels are and cost, largest first; then their scores, and what a long context costs, where measured."""
     judged = [row for row in rows if "kld_mean" in row]
-    console.print(level_table(rows, bool(judged)))
+    print_whole(level_table(rows, bool(judged)))
     if judged:
         console.print(
             "[dim]By size. Judge by the KL divergence (KLD, nats a token) from the float model, whose perplexity is "
@@ -29,10 +31,15 @@ def print_table(rows: Sequence[Row]) -> None:
     if short := [f"{row['level']} {len(row['fallbacks'])}" for row in rows if row["fallbacks"]]:
         console.print(f"[dim]Tensors in a wider type, their rows too short for the level's: {', '.join(short)}.[/dim]")
     if scored := [row for row in rows if row.get("tasks")]:
-        console.print(task_table(scored))
+        print_whole(task_table(scored))
     if far := [row for row in rows if row.get("long_context")]:
-        console.print(far_table(far))
+        print_whole(far_table(far))
         print_retrieval(far)
+
+
+def print_whole(table: Table) -> None:
+    """A table as wide as it is: in a narrower terminal its lines wrap, where rich would cut the figures."""
+    Console(file=console.file, width=max(console.width, WIDTH)).print(table)
 
 
 def level_table(rows: Iterable[Row], judged: bool) -> Table:
