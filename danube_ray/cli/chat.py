@@ -19,7 +19,7 @@ from rich.table import Table
 
 from danube_ray.artifacts import read_json, write_json
 from danube_ray.cli.console import Positional, console
-from danube_ray.cli.markdown import Stopped, show
+from danube_ray.cli.markdown import Stopped, printable, show
 from danube_ray.config import ConfigError, require
 from danube_ray.data.chat import Message
 from danube_ray.inference.http import ChatServer, Usage
@@ -281,7 +281,7 @@ class Chat:
     def history(self, _: str) -> None:
         kept = kept_conversations()
         for number, talk in enumerate(kept, start=1):
-            console.print(f"{number:3}  {talk.began}  {talk.title}", highlight=False, markup=False)
+            console.print(f"{number:3}  {talk.began}  {printable(talk.title)}", highlight=False, markup=False)
         if not kept:
             console.print("[dim]nothing kept yet[/dim]")
 
@@ -290,7 +290,8 @@ class Chat:
         require(number.isdigit() and 1 <= int(number) <= len(kept), "conversation", number, f"1 to {len(kept)}")
         self.conversation = kept[int(number) - 1]
         for turn in self.conversation.turns:
-            console.print(f"[bold]{'> ' if turn['role'] == 'user' else ''}[/bold]{escape(turn['content'])}\n")
+            mark = "[bold]> [/bold]" if turn["role"] == "user" else ""
+            console.print(f"{mark}{escape(printable(turn['content']))}\n")
 
     def save(self, file: str) -> None:
         require(bool(file), "file", file, "a path to write to")

@@ -60,11 +60,10 @@ class Comparison:
         from danube_ray.data.tokenizer import Tokenizer
         from danube_ray.evaluate.harness import multiple_choice_task
         from danube_ray.quantize import long_context as far
-        from danube_ray.quantize.estimate import usable_context
         from danube_ray.quantize.measure import passages
         from danube_ray.runtime.measuring import Material
 
-        longest = usable_context(config)
+        longest = config.usable_context
         context = self.context or min(DEFAULT_CONTEXT, longest)
         require(context <= longest, "--context", context, f"2 to {longest}, which llama.cpp can use of this model")
         tasks = [multiple_choice_task(*pair) for pair in named_paths(self.tasks).items()] if self.tasks else []

@@ -37,11 +37,13 @@ def compress(
     from danube_ray.cli.levels import print_table
     from danube_ray.inference.huggingface import HuggingFaceModel
     from danube_ray.inference.scoring import windows
+    from danube_ray.model.huggingface import load_config
     from danube_ray.quantize.compressed import compress as make
     from danube_ray.quantize.measure import divergence, passages, reference_logits
     from danube_ray.quantize.table import TABLE
 
-    require((model / "config.json").is_file(), "model", str(model), "a Hugging Face folder")
+    longest = load_config(model).context_length
+    require(2 <= context <= longest, "--context", context, f"2 to {longest}, the model's")
     out = out or model.with_name(f"{model.name}-{scheme.lower()}")
     calibration = []
     if scheme == "W4A16" and tokens is not None:

@@ -14,6 +14,11 @@ FENCE = re.compile(r"^ {0,3}(```|~~~)", re.MULTILINE)
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
+def printable(text: str) -> str:
+    """`text` without control characters: a model's could move the cursor, or write to the clipboard."""
+    return CONTROL.sub("", text)
+
+
 def split_blocks(text: str) -> tuple[str, str]:
     """The part of `text` that can't change any more, and the open rest: cut at the last blank line outside a fence."""
     cut = 0
@@ -57,8 +62,7 @@ class _Pipe:
 
 
 class _Terminal:
-    """Finished blocks as Markdown above, the open one in a live display below; control characters never get through:
-    an answer could else write to the clipboard or change what stands above."""
+    """Finished blocks as Markdown above, the open one in a live display below."""
 
     def __init__(self, console: Console) -> None:
         self._console, self._open = console, ""
@@ -75,7 +79,7 @@ class _Terminal:
             self._console.print(Markdown(rest))
 
     def add(self, piece: str) -> None:
-        whole, self._open = split_blocks(self._open + CONTROL.sub("", piece))
+        whole, self._open = split_blocks(self._open + printable(piece))
         if whole:
             self._console.print(Markdown(whole))
 

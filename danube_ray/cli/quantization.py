@@ -61,7 +61,7 @@ def quantize(
     """
     from danube_ray.cli.levels import print_estimate
     from danube_ray.quantize.estimate import estimate as estimated
-    from danube_ray.quantize.estimate import model_of, usable_context
+    from danube_ray.quantize.estimate import model_of
     from danube_ray.quantize.levels import DEFAULT_LEVELS, LEVELS, check_level
     from danube_ray.quantize.table import fitting, parse_size
 
@@ -74,7 +74,7 @@ def quantize(
     facts = {"tied_embeddings": tied, "with_importance": bool(imatrix or calibration)}
     sizes = estimated(config, offered, context=on.context, **facts)
     if estimate:
-        print_estimate(model, sizes, on.context or usable_context(config))
+        print_estimate(model, sizes, on.context or config.usable_context)
         return
     target_bytes = parse_size(target_size) if target_size else 0
     fits = fitting(sizes, target_bytes) if target_size else []
@@ -193,12 +193,11 @@ def gather(
     folder: Path, config: ModelConfig, calibration: Path, out: Path, num_threads: int, on_progress: OnProgress
 ) -> Path:
     """The importance matrix on `calibration`, beside the files; one that is there from the same inputs is taken."""
-    from danube_ray.quantize.estimate import usable_context
     from danube_ray.runtime.quantization import gather_imatrix
 
     ids = read_ids(calibration, folder, CALIBRATION_TOKENS, held_out=False)
     weights = {path.name: file_hash(path) for path in sorted(folder.glob("*.safetensors"))}
-    context = min(DEFAULT_CONTEXT, usable_context(config))
+    context = min(DEFAULT_CONTEXT, config.usable_context)
     file = out / f"imatrix-{content_hash([weights, ids.tolist(), context])[:12]}.gguf"
     if not file.is_file():
         on_progress("gathering the importance matrix", 0, 1)

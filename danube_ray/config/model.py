@@ -64,6 +64,11 @@ class ModelConfig:
         embeddings = 2 * self.vocab_size * self.hidden_size
         return embeddings + norms + self.num_layers * self.num_layer_linear_parameters
 
+    @property
+    def usable_context(self) -> int:
+        """The longest context for what ignores a sliding window, as llama.cpp does: the window ends it."""
+        return min(self.context_length, self.sliding_window or self.context_length)
+
     def flops_per_token(self, sequence_length: int) -> float:
         """Training FLOP per token (forward and backward): 6 per matmul weight plus causal, window-aware attention.
 

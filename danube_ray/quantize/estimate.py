@@ -43,11 +43,6 @@ def model_of(preset_or_folder: str) -> tuple[ModelConfig, bool]:
     return load_config(folder, any_rope=True), bool(read_json(folder / "config.json").get("tie_word_embeddings"))
 
 
-def usable_context(config: ModelConfig) -> int:
-    """The longest context that llama.cpp can use: it ignores a sliding window, so the window ends it."""
-    return min(config.context_length, config.sliding_window or config.context_length)
-
-
 def estimate(
     config: ModelConfig,
     levels: Sequence[Level] = LEVELS,
@@ -57,7 +52,7 @@ def estimate(
     with_importance: bool = False,
 ) -> list[LevelSize]:
     """Each level's size; the cache is for `context` tokens (None: the longest usable), whatever the level."""
-    context = context or usable_context(config)
+    context = context or config.usable_context
     cache_bytes = 2 * KV_BYTES * config.num_layers * config.num_kv_heads * config.head_dim * context
     num_weights = {name: prod(size) for name, size in tensor_shapes(config, tied_embeddings).items()}
     sizes = []

@@ -71,7 +71,7 @@ def write_header(
     Keys stand in the order in which llama.cpp's quantizer leaves them: those that it sets come last.
     """
     writer.add_name(model_folder.resolve().name)
-    writer.add_context_length(min(config.context_length, config.sliding_window or config.context_length))
+    writer.add_context_length(config.usable_context)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_layers)
     writer.add_feed_forward_length(config.intermediate_size)

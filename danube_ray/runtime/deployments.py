@@ -279,7 +279,8 @@ def room_beside(config: ServeConfig) -> bool:
 def resolved(model: ServedModel) -> ServedModel:
     """`model` with absolute paths: replicas run in folders of their own."""
     adapters = {name: folder.resolve() for name, folder in model.adapters.items()}
-    return replace(model, weights=model.weights.resolve(), adapters=adapters)
+    tokenizer = model.tokenizer_folder and model.tokenizer_folder.resolve()
+    return replace(model, weights=model.weights.resolve(), tokenizer_folder=tokenizer, adapters=adapters)
 
 
 def identity(path: Path) -> list[Any]:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
 
 from danube_ray.artifacts import content_hash, read_json, write_json
 from danube_ray.data.tokenizer import Tokenizer
@@ -27,6 +26,7 @@ from danube_ray.inference.huggingface import HuggingFaceModel
 from danube_ray.quantize.long_context import LongContext, compare_far
 from danube_ray.quantize.measure import Passage, divergence, reference_logits, speed
 from danube_ray.quantize.table import TABLE, Row, with_drop, without_nan
+from danube_ray.runtime.session import result
 
 OnProgress = Callable[[str, int, int], None]  # what is being done, how much of it is, of how much
 
@@ -192,11 +192,3 @@ def answer(
         )
     with GgufModel(file, num_threads=threads) as model:
         return evaluate_tasks(language_model_lm(model, tokenizer), tasks, limit, per_document=True)
-
-
-def result(reference: Any) -> Any:
-    """What a task returns; what it raises is said in its own words, not in Ray's."""
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        raise error.cause from None

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayTaskError
 
 from danube_ray.artifacts import content_hash, file_hash, read_json, write_json
 from danube_ray.config import require
@@ -21,7 +20,7 @@ from danube_ray.quantize.gguf import TOKENIZER_FILES, GgufFacts, Span, convertin
 from danube_ray.quantize.imatrix import ImportanceMatrix, gather_file
 from danube_ray.quantize.levels import DEFAULT_LEVELS, LEVELS, Level, check_level
 from danube_ray.quantize.table import TABLE, by_size
-from danube_ray.runtime.session import session
+from danube_ray.runtime.session import result, session
 
 MODEL_FILES = ("config.json", "*.safetensors", *TOKENIZER_FILES)
 
@@ -80,7 +79,7 @@ def write_spans(
     try:
         while waiting:
             done, waiting = ray.wait(waiting)
-            _result(done[0])
+            result(done[0])
             on_progress(len(spans) - len(waiting), len(spans))
     finally:
         for reference in waiting:
@@ -101,12 +100,12 @@ def gather_imatrix(
     `tokens` is one array of ids, read in windows of `context`; `dataset` says in the file where they are from.
     """
     config = load_config(model_folder, any_rope=True)
-    longest = min(config.context_length, config.sliding_window or config.context_length)
+    longest = config.usable_context
     require(2 <= context <= longest, "context", context, f"2 to {longest}, which llama.cpp can use of this model")
     require(len(tokens) > 1, "calibration tokens", len(tokens), "at least two")
     with session():
         task: Any = ray.remote(num_cpus=num_threads)(gather_file)
-        _result(task.remote(model_folder.resolve(), tokens, out_file.resolve(), context, dataset, num_threads))
+        result(task.remote(model_folder.resolve(), tokens, out_file.resolve(), context, dataset, num_threads))
     return out_file
 
 
@@ -136,10 +135,3 @@ def _kept_rows(out_dir: Path, inputs: str) -> list[Row]:
 
     rows = read_json(out_dir / TABLE)
     return [row for row in rows if row["inputs"] == inputs and whole(out_dir / row["file"], row["sha256"])]
-
-
-def _result(reference: Any) -> Any:
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        raise error.cause from None  # a wrong setting is said in its own words, not in Ray's

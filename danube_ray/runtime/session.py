@@ -7,10 +7,12 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 import ray.data
 import ray.util
+from ray.exceptions import RayTaskError
 
 OBJECT_STORE_BYTES = 256 * 2**20
 # Serve's proxy speaks gRPC with the gate: as Ray objects, messages cost about three times as much. Nodes read it once.
@@ -61,3 +63,11 @@ def own_address() -> dict[str, str]:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
     return {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}"}
+
+
+def result(reference: Any) -> Any:
+    """What a task returns; what it raises is said in its own words, not in Ray's."""
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        raise error.cause from None

@@ -86,6 +86,7 @@ def llm_config(name: str, model: ServedModel, context_tokens: int, deployment_op
     return LLMConfig(
         model_loading_config={"model_id": name, "model_source": str(model.weights)},
         engine_kwargs={
+            "tokenizer": str(model.tokenizer_folder or model.weights),
             "max_model_len": context_tokens,
             "max_num_seqs": model.num_slots,
             "tensor_parallel_size": max(1, model.num_gpus),

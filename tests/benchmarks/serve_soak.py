@@ -32,8 +32,9 @@ from danube_ray.runtime.serving import APPLICATION, Server, cluster, drain
 from danube_ray.runtime.session import session
 from danube_ray.serve.files import read_config, write_config
 from tests.benchmarks.pairs import record
-from tests.runtime.replicas import actors, replica, replicas, wait_for
+from tests.runtime.replicas import actors, replica, replicas
 from tests.serve.tiny import tiny_served_model
+from tests.waiting import wait_for
 
 CLIENTS, CROWD, REPLICAS, SLOTS, QUEUE = 8, 32, 2, 4, 16
 ANSWER_TOKENS = 400

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from danube_ray.config import ConfigError
-from danube_ray.quantize.estimate import estimate, model_of, usable_context
+from danube_ray.quantize.estimate import estimate, model_of
 from danube_ray.quantize.gguf import convert
 from danube_ray.quantize.levels import LEVELS
 
@@ -44,7 +44,7 @@ def test_no_weight_is_read(model_folder, tmp_path):
 
 def test_memory_is_the_file_and_a_cache_of_16_bits():
     config, _ = model_of("danube_1_8b")
-    assert usable_context(config) == 4_096, "llama.cpp ignores the sliding window"
+    assert config.usable_context == 4_096, "llama.cpp ignores the sliding window"
     (found,) = estimate(config, ["Q4_K_M"], context=1_000)
     assert found.cache_bytes == 1_000 * 24 * 2 * 8 * 80 * 2
     assert found.memory_bytes == found.bytes + found.cache_bytes

@@ -1,13 +1,8 @@
-"""Serve's replicas as processes: found, waited for."""
+"""Serve's replicas as processes."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-
 import psutil
-
-POLL_S = 0.02
 
 
 def replica(deployment: str) -> int:
@@ -38,10 +33,3 @@ def mine(process: psutil.Process) -> bool:
         return psutil.Process().pid in {parent.pid for parent in process.parents()}
     except psutil.NoSuchProcess:
         return False
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    """Return when `condition` holds; the test's own time limit ends a wait that is in vain."""
-    pause = threading.Event()
-    while not condition():
-        pause.wait(POLL_S)

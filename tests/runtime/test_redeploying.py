@@ -30,8 +30,9 @@ from danube_ray.inference.http import chat
 from danube_ray.runtime.deployments import room_beside
 from danube_ray.runtime.serving import Server, cluster, drain, listen, serve_details, serving
 from danube_ray.serve.files import read_config, write_config
-from tests.runtime.replicas import replica, replicas, wait_for
+from tests.runtime.replicas import replica, replicas
 from tests.serve.tiny import tiny_served_model
+from tests.waiting import wait_for
 
 QUESTION = "Which river is longer?"
 

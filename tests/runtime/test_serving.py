@@ -30,9 +30,10 @@ from danube_ray.inference.http import chat
 from danube_ray.runtime.deployments import Readiness
 from danube_ray.runtime.serving import serving
 from tests.adapters import tiny_adapter
-from tests.runtime.replicas import replica, wait_for
+from tests.runtime.replicas import replica
 from tests.serve.browser import headless_chromium
 from tests.serve.tiny import tiny_served_model
+from tests.waiting import wait_for
 
 LONG_TOKENS = 6_000  # seconds of reading for the tiny model
 QUESTION = "Which river is longer?"

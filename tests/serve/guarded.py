@@ -5,8 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import logging
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,12 @@ from danube_ray.config import GateSettings
 from danube_ray.serve.gate import ModelEntry, create_app
 from danube_ray.serve.keys import append, make_key
 from tests.serve.conftest import RecordingEngine, live
+from tests.waiting import wait_for
 
 PAGE = "https://chat.example"
 HELLO: list[Any] = [{"role": "user", "content": "Which river is longer?"}]
 SHORT: dict[str, Any] = {"model": "tiny", "messages": HELLO, "max_tokens": 4}
 LONG: dict[str, Any] = {**SHORT, "max_tokens": 60_000, "stream": True}
-
-
-def wait_for(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "waited 20 s"
-        time.sleep(0.005)
 
 
 class Lines(logging.Handler):

@@ -16,7 +16,8 @@ from danube_ray.serve.guard import check_bind
 from danube_ray.serve.keys import ENVIRONMENT, append, make_key
 from tests.serve.browser import Browser
 from tests.serve.conftest import RecordingEngine
-from tests.serve.guarded import LONG, PAGE, SHORT, Gate, gate, keyed_gate, wait_for
+from tests.serve.guarded import LONG, PAGE, SHORT, Gate, gate, keyed_gate
+from tests.waiting import wait_for
 
 
 @pytest.fixture(scope="module")

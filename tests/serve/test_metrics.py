@@ -12,7 +12,8 @@ from danube_ray.serve.gate import ModelEntry
 from danube_ray.serve.metrics import Metrics
 from danube_ray.serve.record import RequestRecord
 from tests.serve.conftest import RecordingEngine
-from tests.serve.guarded import HELLO, LONG, Gate, gate, wait_for
+from tests.serve.guarded import HELLO, LONG, Gate, gate
+from tests.waiting import wait_for
 
 CHAT = "/v1/chat/completions"
 
