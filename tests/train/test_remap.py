@@ -211,8 +211,8 @@ def loss(model: Transformer, ids: np.ndarray) -> float:
 def test_a_trained_model_keeps_most_of_what_it_knows(shared_data: Path, tmp_path: Path):
     """The nano model after 0.5M tokens of novels, carried over to a tokenizer of other novels: 79 % shared pieces.
 
-    Held-out loss in nats a token, as measured: 4.64 before (of the old tokens); then 4.99 with new rows at random, 5.05
-    with means. With all rows at random it is 8.07, and knowing nothing ln 2,048 = 7.62: a margin of 3 nats, 2.5 held.
+    Held-out loss in nats a token, as measured: 4.62 before (of the old tokens); then 4.97 with new rows at random, 5.03
+    with means. With all rows at random it is 8.03, and knowing nothing ln 2,048 = 7.62: a margin of 3 nats, 2.5 held.
     """
     books = novels(shared_data)
     pages = [[book[start : start + 4_000] for start in range(0, len(book), 4_000)] for book in books]
@@ -230,7 +230,7 @@ def test_a_trained_model_keeps_most_of_what_it_knows(shared_data: Path, tmp_path
     for new_rows in ("random", "mean"):
         out = tmp_path / new_rows
         manifest = remap(tmp_path / "model", tmp_path / "new", out, new_rows=new_rows, context_length=512)
-        assert manifest["rows_copied"] == 1_608
+        assert manifest["rows_copied"] == 1_609
         losses[new_rows] = loss(load_model(out), ids)
     fresh = load_model(tmp_path / "random")
     for table in (fresh.model.embed_tokens, fresh.lm_head):
