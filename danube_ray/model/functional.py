@@ -44,7 +44,7 @@ class RmsNormOnCpu(Function):
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         r = length.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, weight, r)
-        return (x * r).mul_(weight)
+        return own((x * r).mul_(weight))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -66,7 +66,7 @@ class Rotate(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         ctx.save_for_backward(cosine, sine)
-        return turned(x, cosine, sine)
+        return own(turned(x, cosine, sine))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -89,12 +89,18 @@ class SwiGlu(Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return own(F.silu(gate).mul_(up))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(gradients[0] * up, gate), F.silu(gate).mul_(gradients[0])
+
+
+def own(output: Tensor) -> Tensor:
+    """What a `Function` returns when its last operation wrote in place: torch 2.11 compiles that to a gradient of zero,
+    but not that of a view."""
+    return output.view_as(output)
 
 
 def logit_gradient(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
