@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +93,18 @@ def read_json(path: Path) -> Any:
         raise ArtifactError(f"{path} is not valid JSON: {error}") from None
 
 
-def commit(folder: Path, **facts: Any) -> dict[str, Any]:
-    """Write the folder's manifest, last: every file under it with size and hash, and `facts`."""
-    files = {}
+def commit(folder: Path, hashes: Mapping[str, str] | None = None, **facts: Any) -> dict[str, Any]:
+    """Write the folder's manifest, last: every file under it with size and hash, and `facts`.
+
+    `hashes` are those that are known already, by path in the folder: where many machines wrote it, one need not read it
+    all again.
+    """
+    files, hashes = {}, hashes or {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.relative_to(folder) != Path(MANIFEST) and not path.name.startswith("."):
             path.chmod(path.stat().st_mode | 0o444)  # safetensors writes private files; artifacts are shared
-            files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+            name = str(path.relative_to(folder))
+            files[name] = {"bytes": path.stat().st_size, "sha256": hashes.get(name) or file_hash(path)}
     manifest = {**facts, "files": files}
     write_json(folder / MANIFEST, manifest)
     return manifest
@@ -111,17 +117,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return read_json(folder / MANIFEST)
 
 
-def damage(folder: Path) -> str | None:
-    """Why a folder can't be trusted (no manifest, a file missing or changed), or None when every hash matches."""
+def damage(folder: Path, *, touched_only: bool = False) -> str | None:
+    """Why a folder can't be trusted (no manifest, a file missing or changed), or None when every hash matches.
+
+    `touched_only`: of files that the file system calls unchanged since the manifest was written, the size is enough.
+    It notes each change's time by itself, and a copy is a change; what a disk loses in silence only reading shows.
+    """
     try:
         files = read_manifest(folder)["files"]
     except (ArtifactError, KeyError) as error:
         return str(error)
+    committed_ns = (folder / MANIFEST).stat().st_mtime_ns
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
             return f"{path} is missing"
-        if path.stat().st_size != expected["bytes"] or file_hash(path) != expected["sha256"]:
+        facts = path.stat()
+        is_trusted = touched_only and facts.st_ctime_ns < committed_ns
+        if facts.st_size != expected["bytes"] or not (is_trusted or file_hash(path) == expected["sha256"]):
             return f"{path} is not the file that the manifest names"
     return None
 
@@ -132,18 +145,29 @@ def finished(folder: Path, inputs: Any) -> bool:
     return manifest.is_file() and read_json(manifest).get("inputs") == content_hash(inputs)
 
 
+def intact(folder: Path, inputs: Any) -> bool:
+    """Whether `folder` was completed from exactly these inputs, and nothing in it was touched since."""
+    return finished(folder, inputs) and damage(folder, touched_only=True) is None
+
+
 def complete_once(folder: Path, inputs: Any, make: Callable[[Path], dict[str, Any] | None]) -> bool:
     """Run `make(folder)` unless the folder is already complete from the same `inputs`; True when it ran.
 
     `make` fills the folder and returns facts for its manifest. A folder left torn, or made from other inputs, is
-    removed first, so half-written work never counts.
+    removed first, so half-written work never counts. `ArtifactError` for a folder that was not made here.
     """
     if finished(folder, inputs):
         return False
+    torn = folder.parent / f".{folder.name}.unfinished"  # lies beside it while what is in the folder is nobody's loss
+    if not torn.exists():
+        require_replaceable(folder, "inputs")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    torn.touch()
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir()
     facts = make(folder) or {}
     commit(folder, inputs=content_hash(inputs), **facts)
+    torn.unlink()
     return True
 
 
@@ -159,9 +183,27 @@ def work_folder(out: Path, doing: str, inputs: str) -> Path:
     return work
 
 
+def publish(made: Path, out: Path) -> None:
+    """Put a committed folder in the place of `out`: whoever looks, or dies, in between finds one of them, or none.
+
+    What was there is removed last; until then it stands beside `made`, where the next `work_folder` would remove it.
+    """
+    replaced = made.with_name(f"{made.name}-replaced")
+    if out.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        out.rename(replaced)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    made.rename(out)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
 def require_replaceable(out: Path, mark: str) -> None:
-    """Raise `ArtifactError` unless `out` is new, empty, or an earlier result whose manifest carries the fact `mark`."""
-    ours = (out / MANIFEST).is_file() and mark in read_manifest(out)
+    """Raise `ArtifactError` unless `out` is new, empty, or an earlier result whose manifest carries the fact `mark`.
+
+    Documents, tokens and quality models, which take long to make, carry a version: nothing else takes their place.
+    """
+    facts = read_manifest(out).keys() if (out / MANIFEST).is_file() else set()
+    ours = mark in facts and not any(fact.endswith("_version") and fact != mark for fact in facts)
     if not (ours or not out.exists() or (out.is_dir() and not any(out.iterdir()))):
         raise ArtifactError(f"{out} holds something else, which would be lost: choose another folder, or remove it")
 
@@ -178,21 +220,21 @@ def require_space(folder: Path, needed_bytes: int, purpose: str) -> None:
 
 
 def append_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Append rows to a JSON-lines file, one write for all of them."""
-    with path.open("a") as file:
-        file.write("".join(json.dumps(row, default=str) + "\n" for row in rows))
+    """Append rows to a JSON-lines file, one write for all of them; a line torn by a crash before stays by itself."""
+    lines = "".join(json.dumps(row, default=str) + "\n" for row in rows)
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            lines = lines if file.read() == b"\n" else f"\n{lines}"
+        file.write(lines.encode())
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file; a torn last line (a crash while writing) is left out."""
-    if not path.is_file():
-        return []
+    """Rows of a JSON-lines file; a torn line (a crash while writing) is left out."""
     rows = []
-    for line in path.read_text().splitlines():
-        try:
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
     return rows
 
 

@@ -55,6 +55,17 @@ def test_a_torn_folder_is_redone(tmp_path: Path):
     assert artifacts.damage(folder) is None
 
 
+@pytest.mark.parametrize("manifest", [None, "{}", '{"inputs": "x", "tokens_version": 1}'])
+def test_what_was_made_elsewhere_is_not_removed(tmp_path: Path, manifest: str | None):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    if manifest is not None:
+        (tmp_path / "manifest.json").write_text(manifest)
+    make = Maker()
+    with pytest.raises(artifacts.ArtifactError, match="holds something else, which would be lost"):
+        artifacts.complete_once(tmp_path, "inputs", make)
+    assert (tmp_path / "thesis.tex").exists() and not make.runs
+
+
 def test_damage_names_the_file(tmp_path: Path):
     folder = tmp_path / "step"
     artifacts.complete_once(folder, "inputs", Maker("abc"))
@@ -69,16 +80,101 @@ def test_damage_names_the_file(tmp_path: Path):
     assert artifacts.damage(folder) is not None
 
 
+def test_a_result_that_is_replaced_is_whole_until_another_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out, seen = tmp_path / "out", list[bool]()
+
+    def make(inputs: int) -> Path:
+        work = artifacts.work_folder(out, "making", artifacts.content_hash(inputs))
+        artifacts.complete_once(work, inputs, Maker(f"made of {inputs}"))
+        return work
+
+    def die(folder: Path, ignore_errors: bool) -> None:
+        if folder.exists():
+            (folder / "manifest.json").unlink()  # what a removal may begin with
+            seen.append(not out.exists() or artifacts.intact(out, 1) or artifacts.intact(out, 2))
+            raise KeyboardInterrupt
+
+    artifacts.publish(make(1), out)
+    work = make(2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(artifacts.shutil, "rmtree", die)
+        artifacts.publish(work, out)
+    assert seen == [True]
+    artifacts.publish(make(3), out)
+    assert artifacts.intact(out, 3) and list(tmp_path.iterdir()) == [out]
+
+
+def test_only_what_was_touched_since_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "step"
+    artifacts.complete_once(folder, "inputs", Maker("abc"))
+    path, manifest = folder / "part" / "data.txt", folder / "manifest.json"
+    facts = path.stat()
+    os.utime(
+        manifest, ns=(facts.st_ctime_ns, facts.st_ctime_ns + 1)
+    )  # a file system's clock may be as coarse as a test
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, "file_hash", None)
+        assert artifacts.intact(folder, "inputs") and not artifacts.intact(folder, "others")
+    path.write_text("abd")
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))  # whoever edits can't set the time of the change itself
+    assert artifacts.damage(folder, touched_only=True) == f"{path} is not the file that the manifest names"
+    path.write_text("abc")
+    assert artifacts.intact(folder, "inputs")
+    path.write_text("abcd")
+    assert not artifacts.intact(folder, "inputs")
+
+
+def test_a_commit_takes_hashes_that_are_known(tmp_path: Path):
+    (tmp_path / "a").mkdir()
+    for name in ("a/one", "two"):
+        (tmp_path / name).write_text(name)
+    files = artifacts.commit(tmp_path, {"a/one": "known", "absent": "unused"})["files"]
+    assert files["a/one"]["sha256"] == "known"
+    assert files["two"]["sha256"] == artifacts.file_hash(tmp_path / "two") and len(files) == 2
+
+
 def test_a_commit_lists_every_file_but_hidden_ones_and_itself(tmp_path: Path):
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "manifest.json").write_text("a manifest of a part is a file like any other")
     (tmp_path / "a.bin").write_bytes(b"12345")
+    (tmp_path / "a.bin").chmod(0o600)
     (tmp_path / ".a.bin.tmp").write_bytes(b"a temporary that a crash left")
     artifacts.commit(tmp_path)
+    assert stat.S_IMODE((tmp_path / "a.bin").stat().st_mode) == 0o644, "others may read it"
     manifest = artifacts.commit(tmp_path, tokens=7)
     assert manifest["files"].keys() == {"a.bin", "deep/manifest.json"}
     assert manifest["files"]["a.bin"]["bytes"] == 5
     assert manifest["tokens"] == 7
+
+
+def test_work_of_other_inputs_is_removed_and_its_own_is_found_again(tmp_path: Path):
+    work = artifacts.work_folder(tmp_path / "out", "curating", "a" * 64)
+    work.mkdir()
+    (tmp_path / ".out.judging-aaaa").mkdir()
+    assert artifacts.work_folder(tmp_path / "out", "curating", "a" * 64) == work and work.is_dir()
+    other = artifacts.work_folder(tmp_path / "out", "curating", "b" * 64)
+    assert other.parent == tmp_path and other != work and not work.exists()
+    assert (tmp_path / ".out.judging-aaaa").is_dir()
+
+
+def test_only_nothing_or_an_earlier_result_is_replaced(tmp_path: Path):
+    out = tmp_path / "out"
+    artifacts.require_replaceable(out, "mark")
+    out.mkdir()
+    artifacts.require_replaceable(out, "mark")
+    artifacts.commit(out, mark=1)
+    artifacts.require_replaceable(out, "mark")
+    with pytest.raises(ArtifactError, match="out holds something else, which would be lost"):
+        artifacts.require_replaceable(out, "other")
+    (tmp_path / "file").touch()
+    with pytest.raises(ArtifactError, match="file holds something else"):
+        artifacts.require_replaceable(tmp_path / "file", "mark")
+
+
+def test_a_disk_that_is_too_small_is_named_with_what_is_needed(tmp_path: Path):
+    artifacts.require_space(tmp_path / "new" / "folder", 1, "this")
+    with pytest.raises(ArtifactError, match=r"new has \d+\.\d GiB free, a library takes 1073741824\.0 GiB: make room"):
+        artifacts.require_space(tmp_path / "new", 2**60, "a library")
 
 
 def test_an_atomic_write_that_fails_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -127,6 +223,8 @@ def test_json_lines_survive_a_torn_end(tmp_path: Path):
     with path.open("a") as file:
         file.write('{"step": 4, "lo')
     assert [row["step"] for row in artifacts.read_json_lines(path)] == [1, 2, 3]
+    artifacts.append_json_lines(path, [{"step": 5}])  # what was written after the crash is not lost with it
+    assert [row["step"] for row in artifacts.read_json_lines(path)] == [1, 2, 3, 5]
 
 
 def test_provenance_names_versions_and_is_json():

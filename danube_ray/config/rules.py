@@ -17,12 +17,14 @@ OFF = 1e9
 class LineRules:
     """Which lines are the body of a document: what C4's and FineWeb's rules look at.
 
-    rewrite: whether the document is cut down to its body, or stays as it is.
-    min_words: lines with fewer words (between white space) are left out, and
-    max_word_chars: those with a longer one.
-    closed: so are lines that don't end in closing punctuation, or are cut off by an ellipsis. FineWeb leaves that out.
-    scripts, policies: so are lines that mention JavaScript, or terms of use and cookies.
-    citations: marks of citations and edits, `[1]`, `[edit]`, are cut out of lines.
+    Args:
+        rewrite: whether the document is cut down to its body, or stays as it is.
+        min_words: lines with fewer words (between white space) are left out.
+        max_word_chars: lines with a longer word are left out.
+        closed: leave out lines that don't end in closing punctuation, or are cut off by an ellipsis; FineWeb doesn't.
+        scripts: leave out lines that mention JavaScript.
+        policies: leave out lines that mention terms of use or cookies.
+        citations: cut marks of citations and edits, [1] and [edit], out of lines.
     """
 
     rewrite: bool = True

@@ -6,7 +6,6 @@ words the document must hold the whole. Words are compared whatever their case a
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -120,14 +119,15 @@ class BenchmarkIndex:
         """The passage of a document that holds an item: where most of the common n-grams lie close together."""
         return Passage(words.text).densest(self.item_text(match.benchmark, match.item))
 
-    @cached_property
-    def hash(self) -> str:
-        """SHA-256 (hex) of all that decides: equal for the same items, however they were loaded."""
-        return hashlib.sha256(self._serialized()).hexdigest()
-
     def save(self, path: Path) -> None:
         """Write one safetensors file; equal indexes give equal bytes."""
-        write_atomically(path, self._serialized())
+        texts = [text.encode() for text in self.texts]
+        tensors = {name: getattr(self, name) for name in ("grams", "owners", "starts", "own", "offsets")}
+        tensors["texts"] = np.frombuffer(b"".join(texts), np.uint8)
+        tensors["text_ends"] = np.cumsum([len(text) for text in texts], dtype=np.int64)
+        about = {"left_out": self.left_out, "benchmarks": self.benchmarks, "numbers": self.numbers}
+        # One entry: the order of several is left to chance.
+        write_atomically(path, save(tensors, {"index": json.dumps(about)}))
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -137,14 +137,6 @@ class BenchmarkIndex:
         blob, ends = tensors.pop("texts").tobytes(), tensors.pop("text_ends").tolist()
         texts = tuple(blob[start:end].decode() for start, end in zip([0, *ends], ends, strict=False))
         return cls(about["left_out"], tuple(about["benchmarks"]), tuple(about["numbers"]), texts, **tensors)
-
-    def _serialized(self) -> bytes:
-        texts = [text.encode() for text in self.texts]
-        tensors = {name: getattr(self, name) for name in ("grams", "owners", "starts", "own", "offsets")}
-        tensors["texts"] = np.frombuffer(b"".join(texts), np.uint8)
-        tensors["text_ends"] = np.cumsum([len(text) for text in texts], dtype=np.int64)
-        about = {"left_out": self.left_out, "benchmarks": self.benchmarks, "numbers": self.numbers}
-        return save(tensors, {"index": json.dumps(about)})  # one entry: the order of several is left to chance
 
     @cached_property
     def _rows(self) -> dict[tuple[str, int], int]:

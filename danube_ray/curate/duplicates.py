@@ -153,7 +153,7 @@ def decide(members: pa.Table, min_jaccard: float) -> pa.Table:
     """VERDICTS on what is dropped of MEMBERS. Those of a cluster must all be there, in any order."""
     clusters, documents = members["cluster"].to_numpy(), members["document"].to_numpy()
     ids = np.array(members["id"].to_pylist(), np.str_)
-    order = by_preference(members["quality"].to_numpy(), members["priority"].to_numpy(), ids)
+    order = by_preference(members["quality"].to_numpy(), members["priority"].to_numpy(), ids, documents)
     order = order[np.argsort(clusters[order], kind="stable")]
     fingerprints, sets = members["fingerprint"].to_pylist(), _arrays(members["shingles"])
     tables = [VERDICTS.empty_table()]

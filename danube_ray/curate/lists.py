@@ -109,7 +109,7 @@ def _split(url: str) -> SplitResult | None:
 
 def _host(parts: SplitResult) -> str:
     host = (parts.hostname or "").rstrip(".").removeprefix("www.")
-    if host.isascii():
+    if host.isascii() or len(host) > MAX_HOST_CHARS:  # longer ones are none, and take long to encode
         return host
     try:
         return host.encode("idna").decode()

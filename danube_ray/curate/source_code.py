@@ -39,6 +39,12 @@ CODE_LINE = re.compile(
     |(?:.*?(?:\)\{(?!\{)|\};|":|</[a-z]|\(\)|="|=')){4}  # a program without line breaks
     """
 )
+# Most lines of prose show at once that no form above is theirs: no symbol of code, and no word that begins a form.
+COMMANDS = (
+    "import|from|return|raise|yield|assert|throw|print|del|await|fi|done|esac|then|do|else|end|begin|endif|break|continue"
+    "|cd|echo|mkdir|rm|cp|mv|SELECT|INSERT|CREATE|UPDATE|DELETE|ALTER|DROP|File"
+)
+PROSE_LINE = re.compile(rf"(?!(?:{COMMANDS})\b)[\w ,.!?'\"\u2019\u201c\u201d\u2014-]*")
 # Comments, and lines set in: code where they follow code, up to some lines.
 CONTINUED = ("#", "*", "--", ";", "%", " ", "\t")
 MAX_CONTINUED_LINES = 8
@@ -51,7 +57,7 @@ def code_share(text: str) -> float:
     for line in text.splitlines():
         if stripped := line.strip():
             lines += 1
-            if CODE_LINE.match(stripped):
+            if _is_code(stripped):
                 since_code = 0
             elif line.startswith(CONTINUED):
                 since_code += 1
@@ -59,3 +65,8 @@ def code_share(text: str) -> float:
                 since_code = MAX_CONTINUED_LINES
             code += since_code < MAX_CONTINUED_LINES
     return code / lines if lines else 0.0
+
+
+def _is_code(line: str) -> bool:
+    is_prose = " -" not in line and PROSE_LINE.fullmatch(line) is not None  # a dash may begin a command's option
+    return not is_prose and CODE_LINE.match(line) is not None

@@ -56,7 +56,7 @@ def judge_split(split: Split, judging: Judging, work: Path) -> dict[str, Any]:
     started = time.perf_counter()
     judge, settings = judge_for(judging, split.source), judging.settings
     by = {name: Counter[str]() for name in ("dropped_by", "quarantined_by", "skipped_by", "languages", "masked")}
-    num_bytes = 0
+    num_read = num_bytes = 0
     paths = {name: judged_path(work, split, name) for name in ("documents", "dropped", "signatures", "contamination")}
     paths |= {"quarantine": _final(work, split, "quarantine")}
     with (
@@ -71,10 +71,12 @@ def judge_split(split: Split, judging: Judging, work: Path) -> dict[str, Any]:
                 by["skipped_by"][item.kind] += 1
                 continue
             if isinstance(item, Quarantined):
+                num_read += 1
                 by["quarantined_by"][item.reason] += 1
                 bad = {"offset": item.offset, "reason": item.reason, "sample": item.sample}
                 quarantine.add({"source": split.source, "url": item.file, **bad}, len(item.sample))
                 continue
+            num_read += len(item)
             for document, judged in zip(item, judge(item), strict=True):
                 num_bytes += len(document.text)
                 row = _row(split.source, document, judged)
@@ -91,10 +93,8 @@ def judge_split(split: Split, judging: Judging, work: Path) -> dict[str, Any]:
                 packed = None if bands is None else bands.astype("<u8").tobytes()
                 signatures.add({"fingerprint": fingerprint(judged.text), "bands": packed})
     counts: dict[str, Any] = {name: dict(counter.most_common()) for name, counter in by.items()}
-    num_quarantined = sum(by["quarantined_by"].values())
-    counts["read"] = documents.num_rows + dropped.num_rows + num_quarantined
-    spent = {"documents": counts["read"], "bytes": num_bytes, "seconds": time.perf_counter() - started}
-    return commit_files(work, "judged", split, list(paths.values()), {**counts, "spent": spent})
+    spent = {"documents": num_read, "bytes": num_bytes, "seconds": time.perf_counter() - started}
+    return commit_files(work, "judged", split, list(paths.values()), {**counts, "read": num_read, "spent": spent})
 
 
 def finish_split(split: Split, min_quality: float, work: Path) -> dict[str, Any]:
@@ -176,6 +176,13 @@ def commit_files(work: Path, step: str, split: Split, files: Iterable[Path], cou
     hashes = {str(file.relative_to(work)): file_hash(file) for file in files if file.is_file()}
     write_json(_record(work, step, split), {"counts": counts, "files": hashes})
     return counts
+
+
+def final_hashes(work: Path, splits: Iterable[Split]) -> dict[str, str]:
+    """SHA-256 of finished splits' tables in `work/final`, by their path there, as the splits' tasks recorded it."""
+    records = [read_json(_record(work, step, split)) for split in splits for step in ("judged", "final")]
+    files = ((Path(name), sha256) for record in records for name, sha256 in record["files"].items())
+    return {str(name.relative_to("final")): sha256 for name, sha256 in files if name.parts[0] == "final"}
 
 
 def verified(work: Path, step: str, split: Split) -> dict[str, Any] | None:

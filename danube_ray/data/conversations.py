@@ -131,11 +131,11 @@ def _rows(path: Path) -> Iterator[Any]:
         except pa.ArrowInvalid as error:
             raise ConfigError("data", str(path), "a Parquet file", str(error)) from None
         return
-    with path.open(encoding="utf-8", errors="surrogateescape") as file:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         for line in file:
             try:
                 yield json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):  # a number of over 4,300 digits is a ValueError too
                 if line.strip():
                     yield line
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
-from pathlib import Path
+from itertools import groupby
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from danube_ray.artifacts import MANIFEST, ArtifactError, file_hash, read_json, read_manifest, write_json
+from danube_ray.artifacts import MANIFEST, ArtifactError, damage, file_hash, read_json, read_manifest, write_json
 from danube_ray.config import require
 from danube_ray.data.shards import (
     VALIDATION,
@@ -44,14 +45,20 @@ class DocumentSplit:
 
 
 def document_splits(documents: Path) -> list[DocumentSplit]:
-    """Every file of a finished documents folder, in a fixed order; `ConfigError` when there is none."""
+    """Every file of a finished documents folder, in a fixed order; `ConfigError` when there is none.
+
+    The manifest says which they are. Raises `ArtifactError` where one was changed since it was written.
+    """
     remedy = "make it with `danube curate`"
     require((documents / MANIFEST).is_file(), "documents", str(documents), "a finished documents folder", remedy)
-    sources = sorted(folder for folder in (documents / "documents").glob("*") if folder.is_dir())
+    if (wrong := damage(documents, touched_only=True)) is not None:
+        raise ArtifactError(f"{wrong}: run `danube curate` again, which mends it")
+    names = sorted(PurePosixPath(name) for name in read_manifest(documents)["files"])
+    by_source = groupby((name for name in names if name.parts[0] == "documents"), key=lambda name: name.parent)
     splits = [
-        DocumentSplit(folder.name, index, path)
-        for folder in sources
-        for index, path in enumerate(sorted(folder.glob("*.parquet")))
+        DocumentSplit(folder.name, index, documents / name)
+        for folder, members in by_source
+        for index, name in enumerate(members)
     ]
     require(
         bool(splits), "documents", str(documents), "a folder with documents", "curation dropped all: see its reasons"
@@ -85,10 +92,15 @@ def validation_bounds(splits: Sequence[DocumentSplit]) -> dict[str, int]:
 
 
 def read_documents(split: DocumentSplit) -> Iterator[list[dict[str, Any]]]:
-    """A split's documents in order, some hundred at a time: `id`, `url`, `text`, `quality` (None where not scored)."""
+    """A split's documents in order, some hundred at a time: `id`, `url`, `text`, `quality` (None where not scored).
+
+    Never more than a row group, which curation cuts by its bytes: some hundred books have ids of gigabytes.
+    """
     with pq.ParquetFile(split.path) as file:
-        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=["id", "url", "text", "quality"]):
-            yield batch.to_pylist()
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group, columns=["id", "url", "text", "quality"])
+            for start in range(0, len(table), ROWS_AT_ONCE):
+                yield table.slice(start, ROWS_AT_ONCE).to_pylist()
 
 
 def sample_texts(documents: Path, max_bytes: int) -> Iterator[str]:

@@ -312,6 +312,7 @@ def store_sizes(sources: Mapping[str, Mapping[str, TokenStore]]) -> dict[str, di
 
 
 def _root_manifest(tokens_dir: Path) -> dict[str, Any]:
-    if not (tokens_dir / MANIFEST).is_file():
+    manifest = read_manifest(tokens_dir) if (tokens_dir / MANIFEST).is_file() else {}
+    if VALIDATION not in manifest:
         raise ConfigError("tokens_dir", str(tokens_dir), "a finished tokens folder", "make it with `danube tokenize`")
-    return read_manifest(tokens_dir)
+    return manifest

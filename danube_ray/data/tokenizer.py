@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from importlib import import_module
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ model_format: Any = import_module("sentencepiece.sentencepiece_model_pb2")
 MODEL_FILE = "tokenizer.model"
 CONTROL_PIECES = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2
 SPACE = "\u2581"
+WORD_BEGINS = re.compile(rf"(?<=[^ {SPACE}]) (?=[^ {SPACE}])")
+PART_CHARACTERS = 2_000  # sentencepiece takes twice as long for the characters of a book as for those of a page
 MAX_LINE_CHARACTERS = 1_000  # the trainer drops longer lines (over 4,192 bytes) without a word: cut them instead
 TRAINING_THREADS = 2
 
@@ -84,8 +87,10 @@ class Tokenizer:
     def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
         """Ids of whole documents, bos and eos around each: (tokens,) uint16, or uint32 over 65,536 pieces."""
         dtype = token_dtype(self.vocab_size)
-        encoded = self._processor.encode(texts, add_bos=True, add_eos=True, num_threads=1)
-        return [np.array(ids, dtype) for ids in encoded]
+        parts = [_parts(text) if self._spaces_begin_pieces else [text] for text in texts]
+        encoded = iter(self._processor.encode([part for text in parts for part in text], num_threads=1))
+        bos, eos = [self.bos_id], [self.eos_id]
+        return [np.array([*bos, *chain.from_iterable(islice(encoded, len(text))), *eos], dtype) for text in parts]
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`; control pieces have none."""
@@ -96,10 +101,29 @@ class Tokenizer:
         return self._processor.piece_to_id(f"<0x{byte:02X}>")
 
     @cached_property
+    def _spaces_begin_pieces(self) -> bool:
+        """Whether a space only ever begins a piece and one is put before a text, as in Llama's: see `_parts`."""
+        model = model_format.ModelProto.FromString(self._processor.serialized_model_proto())
+        is_plain = model.normalizer_spec.add_dummy_prefix and not model.normalizer_spec.remove_extra_whitespaces
+        return is_plain and all(SPACE not in piece.lstrip(SPACE) for piece in self.pieces)
+
+    @cached_property
     def _continuation(self) -> sentencepiece.SentencePieceProcessor:
         model = model_format.ModelProto.FromString(self._processor.serialized_model_proto())
         model.normalizer_spec.add_dummy_prefix = False
         return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+
+
+def _parts(text: str) -> list[str]:
+    """A text cut where words begin, so that its parts' ids, one part after the other, are the text's own.
+
+    No piece goes on past a space, and the one that a cut takes away comes back before the next part.
+    """
+    parts, start = [], 0
+    while (cut := WORD_BEGINS.search(text, start + PART_CHARACTERS)) is not None:
+        parts.append(text[start : cut.start()])
+        start = cut.end()
+    return [*parts, text[start:]]
 
 
 def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int) -> Tokenizer:
@@ -138,7 +162,10 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int) -> Toke
 def import_tokenizer(model_file: Path, folder: Path) -> Tokenizer:
     """Make a tokenizer folder from an existing sentencepiece model, such as Llama 2's or Mistral's."""
     require(model_file.is_file(), "tokenizer", str(model_file), "a sentencepiece model file")
-    return _write_folder(model_file.read_bytes(), folder)
+    try:
+        return _write_folder(model_file.read_bytes(), folder)
+    except DecodeError as error:
+        raise ConfigError("tokenizer", str(model_file), "a sentencepiece model", str(error)) from None
 
 
 def _lines(text: str) -> Iterator[str]:
@@ -171,10 +198,7 @@ def _size_error(message: str, vocab_size: int) -> ConfigError | None:
 
 def _write_folder(model: bytes, folder: Path) -> Tokenizer:
     """Write the model, check that it is of the kind everything here relies on, and add the files of transformers."""
-    try:
-        proto = model_format.ModelProto.FromString(model)
-    except DecodeError as error:
-        raise ConfigError("tokenizer", str(folder), "a sentencepiece model", str(error)) from error
+    proto = model_format.ModelProto.FromString(model)
     _require_llama_style(proto)
     write_atomically(folder / MODEL_FILE, model)
     write_atomically(folder / "tokenizer.json", _huggingface_tokenizer(proto).to_str(pretty=True))

@@ -20,9 +20,9 @@ from danube_ray.artifacts import (
     ArtifactError,
     commit,
     content_hash,
-    damage,
     file_hash,
-    finished,
+    intact,
+    publish,
     read_json,
     read_manifest,
     require_replaceable,
@@ -30,12 +30,13 @@ from danube_ray.artifacts import (
     write_json,
 )
 from danube_ray.config import CurationConfig, require, to_dict
+from danube_ray.curate.benchmarks import question_files
 from danube_ray.curate.decontaminate import BenchmarkIndex
 from danube_ray.curate.judging import Judging
 from danube_ray.curate.quality import QualityModel
 from danube_ray.curate.records import Split
 from danube_ray.curate.sources import plan_splits
-from danube_ray.curate.splits import finish_split, judge_split, judged_path
+from danube_ray.curate.splits import final_hashes, finish_split, judge_split, judged_path
 from danube_ray.curate.tables import CONTAMINATION, TableWriter
 from danube_ray.report.curation import write_curation_report
 from danube_ray.runtime.deduplication import deduplicate
@@ -43,7 +44,7 @@ from danube_ray.runtime.session import session
 from danube_ray.runtime.splits import Progress, StepProgress, run_splits
 
 # A part of every result's inputs: raise it when the judges, or what is written, change.
-VERSION = 2
+VERSION = 3
 THROUGHPUT = "throughput.json"
 
 Counts = dict[str, dict[str, Any]]
@@ -70,7 +71,6 @@ def curate(
         require(source in sources, "rule_sets", source, f"one of the sources {', '.join(sources)}")
     _check_place(out, sources)
 
-    index = BenchmarkIndex.build(settings.benchmarks) if settings.benchmarks else None
     model = QualityModel.load(settings.quality_model) if settings.quality_model else None
     splits = [
         split for source, path in sources.items() for split in plan_splits(source, str(path), settings.split_bytes)
@@ -78,21 +78,21 @@ def curate(
     inputs = {
         "version": VERSION,
         "splits": [asdict(split) for split in splits],
-        **_what_decides(settings, index, model),
+        **_what_decides(settings, model),
     }
     work = work_folder(out, "curating", content_hash(inputs))
-    if not (finished(out, inputs) and damage(out) is None):
-        judging = Judging(content_hash(inputs), settings)
-        if index is not None:
-            work.mkdir(parents=True, exist_ok=True)
-            judging = replace(judging, benchmark_index=work / "benchmarks.safetensors")
+    if not intact(out, inputs):
+        judging, left_out = Judging(content_hash(inputs), settings), {}
+        if settings.benchmarks:
+            index = BenchmarkIndex.build(settings.benchmarks)
+            judging, left_out = replace(judging, benchmark_index=work / "benchmarks.safetensors"), index.left_out
             index.save(work / "benchmarks.safetensors")
         priorities = {source: rank for rank, source in enumerate(sources)}
         run = _Run(splits, judging, work, priorities, model is not None and model.has_encoder, on_progress)
         facts = run.curate()
-        for name, number in index.left_out.items() if index else ():
+        for name, number in left_out.items():
             facts["contaminated"].setdefault(name, {"documents": 0, "items": 0})["left_out"] = number
-        _publish(work / "final", out, inputs=content_hash(inputs), curation_version=VERSION, **facts)
+        _publish(work, out, splits, inputs=content_hash(inputs), curation_version=VERSION, **facts)
         write_json(out / THROUGHPUT, run.throughput)
     shutil.rmtree(work, ignore_errors=True)
     if not (out / "report.html").is_file():
@@ -226,14 +226,15 @@ def _finish(packed: dict[str, Any], min_quality: float, work: Path) -> dict[str,
     return finish_split(Split.unpack(packed), min_quality, work)
 
 
-def _what_decides(settings: CurationConfig, index: BenchmarkIndex | None, model: QualityModel | None) -> dict[str, Any]:
+def _what_decides(settings: CurationConfig, model: QualityModel | None) -> dict[str, Any]:
     """All that the result depends on beside the splits: settings, and the contents of the files they name."""
+    benchmarks = [(name, question_files(path)) for name, path in settings.benchmarks.items()]
     free = ("split_bytes", "max_quarantine_share", "blocked_urls", "blocked_words", "quality_model", "benchmarks")
     return {
         "settings": {name: value for name, value in to_dict(settings).items() if name not in free},
         "blocked_urls": [file_hash(path) for path in settings.blocked_urls],
         "blocked_words": [file_hash(path) for path in settings.blocked_words],
-        "benchmarks": index.hash if index else None,
+        "benchmarks": [(name, [file_hash(file) for file in files]) for name, files in benchmarks],
         "quality_model": model.sha256 if model else None,
     }
 
@@ -249,14 +250,14 @@ def _plain(settings: CurationConfig, sources: Iterable[str]) -> dict[str, Any]:
     return plain
 
 
-def _publish(final: Path, out: Path, **facts: Any) -> None:
+def _publish(work: Path, out: Path, splits: Sequence[Split], **facts: Any) -> None:
     """Commit the finished tables and put them in the place of `out`."""
+    final = work / "final"
     final.mkdir(parents=True, exist_ok=True)
     for torn in final.rglob(".*"):
         torn.unlink()  # what a killed task was writing
-    commit(final, **facts)
-    shutil.rmtree(out, ignore_errors=True)
-    final.replace(out)
+    commit(final, final_hashes(work, splits), **facts)
+    publish(final, out)
 
 
 def _check_place(out: Path, sources: Mapping[str, str | Path]) -> None:

@@ -31,7 +31,7 @@ import pyarrow as pa
 import ray
 import ray.data
 
-from danube_ray.artifacts import commit, content_hash, damage, finished, work_folder, write_json
+from danube_ray.artifacts import commit, content_hash, intact, publish, work_folder, write_json
 from danube_ray.curate.dedup import BANDS, forest, members
 from danube_ray.curate.duplicates import (
     Kind,
@@ -78,7 +78,7 @@ def deduplicate(
     """
     inputs = [VERSION, [asdict(split) for split in splits], dict(priorities), near, min_jaccard]
     out, report = work / "duplicates", on_progress or (lambda done, total: None)
-    if finished(out, inputs) and damage(out) is None:
+    if intact(out, inputs):
         return
     stages = work_folder(out, "deduplicating", content_hash(inputs))
     with session():
@@ -252,6 +252,5 @@ def _publish(stages: Path, out: Path, summary: dict[str, Any], inputs: str) -> N
     for torn in final.rglob(".*"):
         torn.unlink()  # what a killed task was writing
     commit(final, inputs=inputs)
-    shutil.rmtree(out, ignore_errors=True)
-    final.replace(out)
+    publish(final, out)
     shutil.rmtree(stages)

@@ -17,10 +17,10 @@ import ray.data
 from danube_ray.artifacts import (
     commit,
     content_hash,
-    damage,
     file_hash,
-    finished,
+    intact,
     provenance,
+    publish,
     require_replaceable,
     work_folder,
 )
@@ -76,7 +76,7 @@ def train(
         "settings": to_dict(settings),
         "base": _base_hashes(settings),
     }
-    if finished(out, inputs) and damage(out) is None:
+    if intact(out, inputs):
         return out
     work = work_folder(out, "training", content_hash(inputs))
     with session():
@@ -100,9 +100,7 @@ def train(
     for path in made.rglob("*.safetensors"):
         path.chmod(0o644)  # safetensors makes files private to their owner; artifacts are shared
     commit(made, inputs=content_hash(inputs), quality_version=VERSION, provenance=provenance())
-    shutil.rmtree(out, ignore_errors=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    made.replace(out)
+    publish(made, out)
     shutil.rmtree(work, ignore_errors=True)
     return out
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from danube_ray.artifacts import (
     MANIFEST,
-    ArtifactError,
     content_hash,
     damage,
     file_hash,
     finished,
+    publish,
     read_manifest,
     require_replaceable,
     work_folder,
@@ -29,7 +29,7 @@ from danube_ray.data.documents import (
     tokenize_split,
     validation_bounds,
 )
-from danube_ray.data.shards import Shard, open_sources, open_validation
+from danube_ray.data.shards import Shard
 from danube_ray.data.tokenizer import Tokenizer, train_tokenizer
 from danube_ray.runtime.splits import Progress, run_splits
 
@@ -63,17 +63,17 @@ def tokenize(
         "validation_bounds": bounds,
     }
     require_replaceable(out, "tokens_version")
-    if finished(out, inputs) and _sound(out):
+    is_made = finished(out, inputs)
+    if is_made and _sound(out):
         return read_manifest(out)
     work = work_folder(out, "tokenizing", content_hash(inputs))
-    if finished(out, inputs):  # damaged: what is sound of it counts as done
+    if is_made:
         shutil.rmtree(work, ignore_errors=True)
-        out.rename(work)
+        out.rename(work)  # what is sound of it counts as done
     work.mkdir(parents=True, exist_ok=True)
     shards = _tokenize_splits(splits, tokenizer, bounds, work, on_progress or (lambda done, total: None))
     manifest = commit_splits(shards, tokenizer, work, inputs=content_hash(inputs), tokens_version=VERSION)
-    shutil.rmtree(out, ignore_errors=True)
-    work.rename(out)
+    publish(work, out)
     return manifest
 
 
@@ -93,10 +93,6 @@ def _tokenize_splits(
 
 
 def _sound(out: Path) -> bool:
-    """Whether the folder's manifests are as committed and every shard has its size (hashes of all would take hours)."""
-    try:
-        open_sources(out)
-        open_validation(out)
-    except (ArtifactError, OSError):
-        return False
-    return damage(out) is None
+    """Whether nothing was touched since: neither the buckets' manifests, which the folder's names, nor their shards."""
+    buckets = [(out / name).parent for name in read_manifest(out)["files"]]
+    return all(damage(folder, touched_only=True) is None for folder in (out, *buckets))

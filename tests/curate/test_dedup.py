@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import random
+from itertools import permutations
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from danube_ray.curate.dedup import by_preference, choose, clusters, fingerprint, forest, jaccard, members, star_pairs
+from danube_ray.curate.duplicates import MEMBERS, decide
 
 
 def test_case_spacing_and_unicode_form_make_no_difference_but_words_do():
@@ -64,7 +67,16 @@ def test_links_in_a_row_are_one_component():
 def test_quality_comes_before_source_and_source_before_id():
     rows = [(0.5, 0, "a"), (0.9, 2, "b"), (0.9, 1, "d"), (0.9, 1, "c"), (np.nan, 0, "a"), (np.nan, 0, "A")]
     qualities, priorities, ids = (np.array(column) for column in zip(*rows, strict=True))
-    assert by_preference(qualities, priorities, ids).tolist() == [3, 2, 1, 0, 5, 4]
+    assert by_preference(qualities, priorities, ids, np.arange(6)).tolist() == [3, 2, 1, 0, 5, 4]
+
+
+def test_of_a_record_that_was_read_twice_the_first_is_kept_in_whatever_order_they_come():
+    """The same address and text give the same id: then only the documents' numbers tell one from the other."""
+    row = {"cluster": 0, "id": "a", "fingerprint": bytes(16), "quality": 0.5, "priority": 0}
+    rows = [{**row, "document": number, "shingles": [] if number else [1, 2, 3]} for number in range(4)]
+    for order in permutations(rows):
+        verdicts = decide(pa.Table.from_pylist(list(order), MEMBERS), 0.75)
+        assert sorted(verdicts["document"].to_pylist()) == [1, 2, 3]
 
 
 def test_in_a_chain_the_end_that_resembles_no_kept_document_is_kept():

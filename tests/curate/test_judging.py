@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from danube_ray.config import RULE_SETS, SIGNALS, ConfigError, CurationConfig
 from danube_ray.curate.decontaminate import BenchmarkIndex
 from danube_ray.curate.judging import Judge, Judged, Judging, judge_for
+from danube_ray.curate.quality import QualityModel
+from danube_ray.curate.quality.calibration import Band, Platt
 from danube_ray.curate.records import Document
 from danube_ray.curate.tables import OTHER_SIGNALS
 from tests.curate.test_heuristics import PROSE
@@ -63,6 +66,25 @@ def test_personal_data_is_masked_and_the_words_follow_the_text():
     assert "keeper@" not in one.text and "93.184" not in one.text
     assert one.words is not None and one.words.text == one.text
     assert judged(f"{PROSE} Write to keeper@lighthouse.net.", mask=()).masked == {}
+
+
+class Marked(QualityModel):
+    """Whose score is a text's last word, in hundredths."""
+
+    def score(self, rows) -> np.ndarray:
+        return np.array([int(words.text.split()[-1]) / 100 for words, _ in rows])
+
+
+@pytest.mark.parametrize(("encoder", "unsure"), [(None, "min_quality"), (Platt(1, 0), None)])
+def test_what_passed_is_scored_and_dropped_for_a_score_that_stays(monkeypatch, tmp_path, encoder, unsure):
+    model = Marked(None, None, Platt(1, 0), Band(0.4, 0.6), 0.5, encoder)  # type: ignore[arg-type]
+    monkeypatch.setattr(QualityModel, "load", lambda _: model)
+    settings = CurationConfig(min_quality=0.5, quality_model=tmp_path)
+    texts = [f"{PROSE} 90", GERMAN, f"{PROSE} 10", f"{PROSE} 45", f"{PROSE} 50"]
+    found = Judge(settings, settings.rules_of("web"), None)([Document(text, "") for text in texts])
+    assert [one.reason for one in found] == [None, "language", "min_quality", unsure, None]
+    assert [one.quality for one in found] == [0.9, None, 0.1, 0.45, 0.5]
+    assert [one.text for one in found] == texts
 
 
 def test_a_process_makes_a_judge_once_for_equal_inputs():

@@ -56,7 +56,7 @@ def test_every_packing_is_unpacked_in_all_its_members(tmp_path, suffix):
         ("empty.jsonl", b"", 0, "empty file"),
         ("empty.csv", b"", 0, "empty file"),
         ("empty.tar", b"", 0, "empty file"),
-        ("empty.warc.gz", gzip.compress(b""), 0, "empty file"),
+        ("empty.warc.gz", gzip.compress(b"", mtime=0), 0, "empty file"),
         ("fake.parquet", b"PAR1 or not", 0, "damaged Parquet"),
         ("fake.tar", b"not a tar" * 200, 0, "damaged tar"),
         ("void.html", b"<html><body></body></html>", 0, "nothing extracted"),
@@ -129,6 +129,15 @@ def test_a_truncated_gzip_keeps_the_lines_before_the_cut(tmp_path):
     assert texts == [row["text"] for row in rows[: len(texts)]]
     assert 100 < len(texts) < 400
     assert quarantined(items) == [("x.jsonl.gz", len(json_lines(*rows[: len(texts)])), "damaged gzip")]
+
+
+def test_a_truncated_table_tells_where_it_ends(tmp_path):
+    table = b"text\n" + b"".join(b"%s\n" % os.urandom(40).hex().encode() for _ in range(500))
+    packed = gzip.compress(table)
+    items = read(write(tmp_path / "x.csv.gz", packed[: len(packed) // 2]))
+    rows_bytes = len(b"text\n") + 81 * len(documents(items))
+    assert quarantined(items) == [("x.csv.gz", rows_bytes, "damaged gzip")]
+    assert 100 < len(documents(items)) < 400
 
 
 def test_tables_hold_a_document_a_row(tmp_path):

@@ -55,6 +55,37 @@ def test_punctuation_is_the_same():
     assert (SYMBOLS, CLOSING) == (PUNCTUATION_SET, TERMINAL_PUNCTUATION)
 
 
+def test_bounds_are_the_same(theirs):
+    repetition, gopher, c4, fineweb = theirs.filters
+    bounds = {rule: getattr(WEB_RULES, rule) for rule in RULES}
+    assert (bounds.pop("max_lorem_ipsum"), bounds.pop("max_curly_brackets")) == (0, 0)  # no numbers there
+    assert bounds == {
+        "min_words": gopher.min_doc_words,
+        "max_words": gopher.max_doc_words,
+        "min_mean_word_chars": gopher.min_avg_word_length,
+        "max_mean_word_chars": gopher.max_avg_word_length,
+        "max_hash_signs": gopher.max_symbol_word_ratio,
+        "max_ellipses": gopher.max_symbol_word_ratio,
+        "max_bullet_lines": gopher.max_bullet_lines_ratio,
+        "max_ellipsis_lines": gopher.max_ellipsis_lines_ratio,
+        "min_alphabetic_words": gopher.max_non_alpha_words_ratio,  # which is a minimum by another name
+        "min_stop_words": gopher.min_stop_words,
+        "max_duplicate_paragraphs": repetition.dup_para_frac,
+        "max_duplicate_paragraph_chars": repetition.dup_para_char_frac,
+        "max_duplicate_lines": repetition.dup_line_frac,
+        "max_duplicate_line_chars": repetition.dup_line_char_frac,
+        **{f"max_top_{n}gram_chars": share for n, share in repetition.top_n_grams},
+        **{f"max_duplicate_{n}gram_chars": share for n, share in repetition.dup_n_grams},
+        "min_sentences": c4.min_num_sentences,
+        "min_punctuated_lines": fineweb.line_punct_thr,
+        "max_short_lines": fineweb.short_line_threshold,
+        "max_repeated_line_chars": fineweb.char_duplicates_ratio,
+        "max_newlines_per_word": fineweb.new_line_ratio,
+    }
+    lines = WEB_RULES.lines
+    assert (lines.min_words, lines.max_word_chars) == (c4.min_words_per_line, c4.max_word_length)
+
+
 @pytest.mark.parametrize("text", [*BROKEN.values(), *TRICKY])
 def test_made_texts_are_decided_alike(text, theirs, splitter):
     assert with_spacy(text, splitter) == theirs(text)

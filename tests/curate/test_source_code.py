@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from danube_ray.curate.source_code import code_share
+from danube_ray.curate.source_code import CODE_LINE, COMMANDS, _is_code, code_share
 from tests.curate.real_texts import abstracts, articles, novel_pages, web_pages
 from tests.curate.test_heuristics import PROSE
 
@@ -128,6 +128,16 @@ def test_files_of_this_python_are_code():
     for files in (library, headers):
         shares = [code_share(file[:20_000]) for file in files if len(file) > 1000]
         assert not files or sum(share > 0.5 for share in shares) > 0.9 * len(shares)
+
+
+def test_what_is_taken_for_prose_at_a_glance_has_no_form_of_code():
+    generator, library = random.Random(0), sorted(Path(inspect.__file__).parent.glob("*.py"))[:30]
+    lines = [line.strip() for path in library for line in path.read_text(errors="replace").splitlines()]
+    pieces = [*COMMANDS.split("|"), "a", "x_y", "at", "line 3", "2024-01-01", *"2,.?'-\"", "--", " ", " ", " "]
+    lines += ["".join(generator.choices(pieces, k=generator.randint(1, 8))).strip() for _ in range(10_000)]
+    code = {line for line in lines if line and CODE_LINE.match(line)}
+    assert {line for line in code if not _is_code(line)} == set()
+    assert len(code) > 3_000
 
 
 def test_real_prose_is_not_code(shared_data):

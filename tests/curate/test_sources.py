@@ -137,6 +137,26 @@ def test_a_source_without_files_is_refused(tmp_path, make):
         plan_splits("web", tmp_path / "source", split_bytes=1)
 
 
+def test_links_are_followed_and_each_folder_is_read_once(tmp_path):
+    source = tmp_path / "source"
+    write(source / "b" / "c.txt", "here")
+    write(tmp_path / "elsewhere" / "d.txt", "linked")
+    (source / "a.txt").symlink_to(tmp_path / "elsewhere" / "d.txt")
+    (source / "b" / "far").symlink_to(tmp_path / "elsewhere")
+    (source / "b" / "round").symlink_to(source)
+    (source / "twice").symlink_to(source / "b")
+    files = [part.file for split in plan_splits("web", source, 1) for part in split.parts]
+    assert files == ["a.txt", "b/c.txt", "b/far/d.txt"]
+
+
+def test_what_cannot_be_listed_on_a_disk_is_not_passed_over(tmp_path):
+    write(tmp_path / "a.txt", "text")
+    (tmp_path / ".hidden").symlink_to(tmp_path / "gone")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "gone")
+    with pytest.raises(ConfigError, match=r"path of source 'web' is .*b\.txt"):
+        plan_splits("web", tmp_path, 1)
+
+
 def test_a_single_file_is_a_source(tmp_path):
     [split] = plan_splits("web", write(tmp_path / "x" / "a.txt", "text"), 1)
     assert (split.root, split.parts[0].file) == (str(tmp_path / "x"), "a.txt")
@@ -154,6 +174,16 @@ def test_an_object_store_holds_the_same_splits_as_a_disk(s3, tmp_path):
     assert records(stored) == records(local)
     assert read_texts(stored) == TEXTS
     assert read_texts(plan_splits("web", f"{s3}/web/b/c.txt", 1)) == ["three"]
+
+
+def test_objects_are_read_whatever_their_names_and_folders_of_a_console_are_none(s3):
+    fs = fsspec.filesystem("s3")
+    names = ["+.txt", "a#1.txt", "a%20b.txt", "a::b.txt", "a?x=1.txt", "a[1]*.txt", "\u00fc b.txt"]
+    for name in names:
+        fs.pipe(f"bucket/odd/{name}", name.encode())
+    for folder in ("odd/", "odd/below/"):  # empty objects, which stand for folders
+        fs.call_s3("put_object", Bucket="bucket", Key=folder, Body=b"")
+    assert read_texts(plan_splits("web", f"{s3}/odd", 1)) == sorted(names)
 
 
 def test_an_object_has_another_version_when_its_content_changes(s3):

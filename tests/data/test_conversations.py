@@ -84,6 +84,8 @@ def test_bad_rows_are_quarantined_with_their_reason_and_number(tmp_path: Path) -
     bad = {
         "not json {": "the row is not a JSON object",
         "[1, 2]": "the row is not a JSON object",
+        "[" * 100_000: "the row is not a JSON object",
+        f'{{"prompt": {"1" * 5_000}}}': "the row is not a JSON object",
         '{"text": "x"}': "neither messages nor prompt",
         '{"prompt": "x"}': "message 2 has no text",
         '{"prompt": "x", "response": "  "}': "message 2 has no text",
@@ -95,6 +97,8 @@ def test_bad_rows_are_quarantined_with_their_reason_and_number(tmp_path: Path) -
     }
     rows, quarantine = load_conversations(write_lines(tmp_path / "a.jsonl", [good, *bad, good]))
     assert len(rows) == 2
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(good).encode())  # as Windows begins a text
+    assert load_conversations(tmp_path / "a.jsonl") == (rows[:1], [])
     assert [row.row for row in quarantine] == list(range(2, 2 + len(bad)))
     for row, (line, reason) in zip(quarantine, bad.items(), strict=True):
         assert reason in row.reason, line

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from danube_ray.artifacts import commit
+from danube_ray.artifacts import ArtifactError, commit
 from danube_ray.config import ConfigError
 from danube_ray.data.documents import (
     commit_splits,
     document_hash,
     document_splits,
+    read_documents,
     sample_texts,
     tokenize_split,
     validation_bounds,
@@ -106,6 +107,24 @@ def test_a_documents_folder_that_cannot_be_used_is_one_clear_error(tmp_path: Pat
         document_splits(write_documents(tmp_path / "named", {"validation": [5]}))
     with pytest.raises(ConfigError, match="documents of source 'book' is 1, allowed is at least 2"):
         validation_bounds(document_splits(write_documents(tmp_path / "single", {"book": [1], "web": [5]})))
+
+
+def test_documents_are_those_that_the_manifest_names(tmp_path: Path) -> None:
+    folder = write_documents(tmp_path, {"web": [3, 2]})
+    splits = document_splits(folder)
+    (folder / "documents" / "web" / "stray.parquet").write_bytes(b"not of this curation")
+    assert document_splits(folder) == splits and len(splits) == 2
+    content = splits[0].path.read_bytes()
+    splits[0].path.write_bytes(content[::-1])  # edited, as long as before
+    with pytest.raises(ArtifactError, match="is not the file that the manifest names: run `danube curate` again"):
+        document_splits(folder)
+
+
+def test_no_more_is_read_at_once_than_a_row_group(tmp_path: Path) -> None:
+    [split] = document_splits(write_documents(tmp_path, {"web": [600]}))
+    batches = list(read_documents(split))
+    assert [len(rows) for rows in batches] == [64] * 9 + [24]
+    assert [row["id"] for rows in batches for row in rows] == [f"web-{number}" for number in range(600)]
 
 
 def test_a_sample_is_the_same_each_time_balanced_and_never_held_out(folder: Path, tmp_path: Path) -> None:

@@ -122,7 +122,6 @@ def test_no_token_is_trained_twice_before_its_epoch_ends(seed: int) -> None:
         if epoch < last[source, bucket]:  # a finished epoch saw every chunk, but for what a longer stage skipped
             whole = (SIZES[source][bucket] - 1) // plan.chunk_tokens * plan.chunk_tokens
             assert whole - len(counts) <= 64 * len(stages)
-    assert sum(plan.skipped_tokens.values()) <= 64 * len(stages) * sum(map(len, SIZES.values()))
 
 
 def test_a_stage_of_another_length_goes_on_behind_the_last_one() -> None:
@@ -134,6 +133,10 @@ def test_a_stage_of_another_length_goes_on_behind_the_last_one() -> None:
     assert sorted(chunks) == list(range(40))
     assert chunks != sorted(chunks)
     assert halves == [chunk for chunk in chunks[:10] for _ in range(4)] + chunks[10:]
+    # Three windows of 16 tokens each end within one of 32, whose rest nobody reads; three of 32 end within none.
+    longer = [stage(name, 96, length, {"web": 1, "wiki": 1}) for name, length in (("a", 16), ("b", 32), ("c", 32))]
+    plan = MixturePlan(make_run(*longer, batch=96), {"web": {"unscored": 999}, "wiki": {"unscored": 999}})
+    assert plan.skipped_tokens == {"web": 16, "wiki": 16}
 
 
 def test_buckets_share_a_source_by_size_and_min_quality_leaves_the_low_ones_out() -> None:

@@ -14,6 +14,7 @@ from danube_ray.data.shards import (
     ShardWriter,
     TokenStore,
     commit_store,
+    held_out_tokens,
     lowest_quality,
     open_sources,
     open_validation,
@@ -99,6 +100,14 @@ def test_a_pickled_store_is_small_and_reads_the_same(tmp_path: Path) -> None:
     data = pickle.dumps(store)
     assert len(data) < 2_000
     assert pickle.loads(data).read(7, 5).tolist() == [7, 8, 9, 10, 11]
+
+
+def test_held_out_tokens_come_from_every_source_alike(tmp_path: Path) -> None:
+    held_out = {"web": [range(100), range(100, 150)], "wiki": [range(1_000, 1_030)]}
+    write_tokens(tmp_path, {source: {"q0": [[1]]} for source in held_out}, held_out, 32_000)
+    assert held_out_tokens(tmp_path).tolist() == [*range(150), *range(1_000, 1_030)]
+    assert held_out_tokens(tmp_path, at_most=50).tolist() == [*range(25), *range(1_000, 1_025)]
+    assert held_out_tokens(tmp_path, at_most=120).tolist() == [*range(60), *range(1_000, 1_030)]
 
 
 def test_quality_quarters_cover_the_scale() -> None:

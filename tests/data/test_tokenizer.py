@@ -12,7 +12,7 @@ import sentencepiece
 from transformers import AutoTokenizer
 
 from danube_ray.config import ConfigError
-from danube_ray.data.tokenizer import Tokenizer, import_tokenizer, train_tokenizer
+from danube_ray.data.tokenizer import Tokenizer, _parts, import_tokenizer, train_tokenizer
 
 
 @pytest.mark.parametrize("model_type", [None, "llama", "mistral"])
@@ -46,6 +46,25 @@ def test_documents_are_wrapped_in_bos_and_eos(tokenizer: Tokenizer, texts: list[
     for text, ids in zip(texts, tokenizer.encode_documents(texts), strict=True):
         assert ids.dtype == np.uint16
         assert ids.tolist() == [1, *tokenizer.encode(text), 2]
+
+
+def test_a_book_gets_the_ids_that_it_would_get_in_one_go(
+    tokenizer: Tokenizer, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    book = " ".join(texts)
+    whole = [1, *tokenizer.encode(book), 2]
+    for part_characters in (1, 50, 2_000):
+        monkeypatch.setattr("danube_ray.data.tokenizer.PART_CHARACTERS", part_characters)
+        assert tokenizer.encode_documents(["", book])[1].tolist() == whole
+        assert len(_parts(book)) > len(book) / (part_characters + 100)
+
+
+def test_a_tokenizer_without_spaces_of_its_own_takes_a_text_in_one_go(tmp_path: Path) -> None:
+    settings = {"add_dummy_prefix": False, "bos_id": 1, "eos_id": 2, "unk_id": 0, "minloglevel": 2, "vocab_size": 19}
+    lines = iter(["the danube is a river and a river is the danube"] * 20)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_prefix=str(tmp_path / "bare"), **settings)
+    tokenizer, text = Tokenizer.load(tmp_path / "bare.model"), "a river is the danube " * 400
+    assert tokenizer.encode_documents([text])[0].tolist() == [1, *tokenizer.encode(text), 2]
 
 
 def test_control_pieces_in_text_stay_text(tokenizer: Tokenizer) -> None:

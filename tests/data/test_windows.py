@@ -101,3 +101,13 @@ def test_validation_needs_a_known_source_and_one_window_of_text(run: RunConfig, 
         ValidationReader(tmp_path, "wiki", 16, 4)
     with pytest.raises(ConfigError, match="held-out tokens of source 'web' is 500, allowed is at least 513"):
         ValidationReader(tmp_path, "web", 512, 4)
+    with pytest.raises(ConfigError, match="allowed is at least 501"):
+        ValidationReader(tmp_path, "web", 500, 4)
+    one = ValidationReader(tmp_path, "web", 499, 4)
+    assert one(0, 0, 1)["tokens"].tolist() == [list(range(30_000, 30_500))]
+
+
+def test_a_rank_that_cannot_be_is_refused(run: RunConfig) -> None:
+    for rank in (-1, 2):
+        with pytest.raises(ValueError, match=f"rank {rank} of 2"):
+            MixtureReader(run)(0, rank, 2)

@@ -72,12 +72,12 @@ def members(pairs: np.ndarray) -> np.ndarray:
     return both[np.argsort(both[:, 0])]
 
 
-def by_preference(qualities: np.ndarray, priorities: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """The order in which N documents are preferred, (N,) int64: best quality, least source priority, least id.
+def by_preference(qualities: np.ndarray, priorities: np.ndarray, ids: np.ndarray, documents: np.ndarray) -> np.ndarray:
+    """The order in which N documents are preferred, (N,) int64: best quality, least source priority, id and number.
 
     A quality of NaN (unscored) comes last.
     """
-    return np.lexsort((ids, priorities, np.where(np.isnan(qualities), np.inf, -qualities)))
+    return np.lexsort((documents, ids, priorities, np.where(np.isnan(qualities), np.inf, -qualities)))
 
 
 @dataclass(frozen=True, eq=False)

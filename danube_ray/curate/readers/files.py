@@ -10,9 +10,10 @@ from typing import Literal
 
 from danube_ray.curate.readers.pages import HTML_BEGINS, read_document
 from danube_ray.curate.readers.parquet import read_parquet
-from danube_ray.curate.readers.rows import read_json_lines, read_table
+from danube_ray.curate.readers.rows import json_rows, read_rows, table_rows
 from danube_ray.curate.readers.streams import PACKINGS, Packing, Source, open_file, unpacked
 from danube_ray.curate.readers.tars import ReadMember, read_tar
+from danube_ray.curate.readers.values import TEXT_COLUMNS
 from danube_ray.curate.readers.warc import read_warc
 from danube_ray.curate.records import Damaged, Document, Quarantined, Reading, Record, Split
 
@@ -83,9 +84,10 @@ def _read_stream(
             case "text" | "html":
                 yield from read_document(stream, place, reading, html=kind == "html")
             case "json":
-                yield from read_json_lines(stream, place, reading)
+                yield from read_rows(json_rows(stream, reading.max_document_bytes), place)
             case "csv" | "tsv":
-                yield from read_table(stream, place, reading, delimiter="," if kind == "csv" else "\t")
+                rows = table_rows(stream, reading.max_document_bytes, "," if kind == "csv" else "\t", TEXT_COLUMNS)
+                yield from read_rows(rows, place)
             case "warc":
                 yield from read_warc(stream, place, reading)
             case "tar" if read_member is not None:

@@ -1,79 +1,93 @@
-"""Rows of text: JSON lines, and tables with a header, separated by commas or tabs."""
+"""Rows: of JSON lines, and of tables with a header, separated by commas or tabs."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
 
 from danube_ray.curate.readers.streams import lines
-from danube_ray.curate.readers.values import TEXT_FIELDS, decoded, row_address, row_text, sample
-from danube_ray.curate.records import Document, Quarantined, Reading, Unusable
+from danube_ray.curate.readers.values import decoded, row_address, row_text, sample
+from danube_ray.curate.records import Damaged, Document, Quarantined, Unusable
 
 
-def read_json_lines(stream: io.BufferedReader, place: str, reading: Reading) -> Iterator[Document | Quarantined]:
-    """A document a line: an object with one of `TEXT_FIELDS`; blank lines are passed over."""
-    for offset, line in lines(stream, reading.max_document_bytes):
-        if not line.strip():
-            continue
+class Row(NamedTuple):
+    """A row that begins `offset` bytes into its file, with these bytes; its value, or why it has none (`Unusable`)."""
+
+    offset: int
+    begins: bytes
+    value: Any
+
+
+def read_rows(rows: Iterator[Row], place: str) -> Iterator[Document | Quarantined]:
+    """A document a row: an object with one of `TEXT_FIELDS`."""
+    for offset, begins, value in rows:
         try:
-            if len(line) > reading.max_document_bytes:
-                raise Unusable("over-long document")
-            row = _json_object(decoded(line))
-            yield Document(row_text(row), row_address(row, f"{place}#{offset}"))
+            if isinstance(value, Unusable):
+                raise value
+            if not isinstance(value, dict):
+                raise Unusable("not a JSON object")
+            yield Document(row_text(value), row_address(value, f"{place}#{offset}"))
         except Unusable as error:
-            yield Quarantined(place, offset + error.offset, error.reason, sample(line))
+            yield Quarantined(place, offset + error.offset, error.reason, sample(begins))
 
 
-def _json_object(line: str) -> dict[str, Any]:
+def json_rows(stream: io.BufferedReader, max_bytes: int) -> Iterator[Row]:
+    """A row a line, of any value; blank lines are passed over."""
+    for offset, line in lines(stream, max_bytes):
+        if line.strip():
+            yield Row(offset, line, _json(line, max_bytes))
+
+
+def _json(line: bytes, max_bytes: int) -> Any:
+    if len(line) > max_bytes:
+        return Unusable("over-long document")
     try:
-        row = json.loads(line)
+        return json.loads(decoded(line))
+    except Unusable as error:
+        return error
     except (ValueError, RecursionError):
-        raise Unusable("malformed JSON") from None
-    if not isinstance(row, dict):
-        raise Unusable("not a JSON object")
-    return row
+        return Unusable("malformed JSON")
 
 
-def read_table(
-    stream: io.BufferedReader, place: str, reading: Reading, delimiter: str
-) -> Iterator[Document | Quarantined]:
-    """A document a row, quoted as RFC 4180 says; the first row names the columns, one of them of `TEXT_FIELDS`.
+def table_rows(
+    stream: io.BufferedReader, max_bytes: int, delimiter: str, text_columns: Collection[str] = ()
+) -> Iterator[Row]:
+    """The rows of a table by column, quoted as RFC 4180 says; the first row names the columns.
 
-    A table without such a column is one quarantined record; so is a row of more or fewer fields than columns.
+    Raises Damaged for a header that can't be read, or (where some are given) has none of `text_columns`.
     """
-    texts = _RowTexts(stream, reading.max_document_bytes)
+    texts = _RowTexts(stream, max_bytes)
     # A limit of the process, not of the reader; the rows' own bound lies below it.
-    csv.field_size_limit(max(csv.field_size_limit(), reading.max_document_bytes))
+    csv.field_size_limit(max(csv.field_size_limit(), max_bytes))
     rows = csv.reader(texts, delimiter=delimiter, strict=True)
-    columns: list[str] | None = None
+    columns: list[str] = []
     while True:
         texts.begin_row()
         try:
-            if not (row := next(rows)):
-                continue
-            if columns is None:
-                columns = row
-                _check_columns(columns)
-                continue
-            if len(row) != len(columns):
-                raise Unusable("another number of fields than the header")
-            values = dict(zip(columns, row, strict=True))
-            yield Document(row_text(values), row_address(values, f"{place}#{texts.offset}"))
+            if not (value := next(rows)):
+                continue  # a blank line
         except StopIteration:
             return
-        except (Unusable, csv.Error) as error:
-            reason, offset = (error.reason, error.offset) if isinstance(error, Unusable) else ("malformed row", 0)
-            yield Quarantined(place, texts.offset + offset, reason, sample(texts.last))
-            if columns is None or reason == "no text column":
-                return
-
-
-def _check_columns(columns: list[str]) -> None:
-    if not any(name in columns for name in TEXT_FIELDS if name != "source"):
-        raise Unusable("no text column")
+        except Damaged:
+            raise
+        except Unusable as error:
+            value = error
+        except csv.Error:
+            value = Unusable("malformed row")
+        if columns:
+            if isinstance(value, list):
+                named = dict(zip(columns, value, strict=False))
+                value = named if len(value) == len(columns) else Unusable("another number of fields than the header")
+            yield Row(texts.offset, texts.last, value)
+        elif isinstance(value, Unusable):
+            raise Damaged(value.reason, texts.offset + value.offset)
+        elif text_columns and not any(name in value for name in text_columns):
+            raise Damaged("no text column", texts.offset)
+        else:
+            columns = value
 
 
 class _RowTexts:

@@ -33,7 +33,7 @@ def open_file(root: str, file: str) -> BinaryIO:
     """A file of a source as it lies there. Raises OSError with an `errno` where the disk or the network fails."""
     if "://" not in root:
         return (Path(root) / file).open("rb")
-    return cast(BinaryIO, _Remote(f"{root.rstrip('/')}/{file}"))
+    return cast(BinaryIO, _Remote(root.rstrip("/"), file))
 
 
 def unpacked(file: Source, packing: Packing | None) -> io.BufferedReader:
@@ -69,13 +69,13 @@ def lines(stream: io.BufferedReader, max_bytes: int) -> Iterator[tuple[int, byte
 class _Remote(io.RawIOBase):
     """A file of a store. Its client's errors get a number, as a disk's have, or they would pass for damaged data."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, root: str, file: str) -> None:
         from fsspec.core import url_to_fs
 
-        self._uri = uri
+        self._uri = f"{root}/{file}"
         with self._numbered():
-            fs, path = url_to_fs(uri)
-            self._file = fs.open(path, "rb")
+            fs, path = url_to_fs(root)  # of the folder alone: a file's name may hold what means something in an address
+            self._file = fs.open(f"{path}/{file}", "rb")
 
     @contextmanager
     def _numbered(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ from danube_ray.curate.records import Unusable
 # The first of these that a row has is its text. `source` counts only as a list of sentences: as a string it commonly
 # names where a row comes from.
 TEXT_FIELDS = ("text", "raw_content", "content", "abstract", "source")
+TEXT_COLUMNS = tuple(name for name in TEXT_FIELDS if name != "source")  # a table has no lists
 TITLED = ("abstract", "source")  # what a title stands before, as its own paragraph
 ADDRESS_FIELDS = ("url", "id")
 SAMPLE_CHARS = 200
