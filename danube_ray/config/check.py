@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args, get_origin, get_type_hints
+
 
 class ConfigError(ValueError):
     """A setting that can't be used. Says which, what it was, what is allowed and what to do."""
@@ -31,6 +33,17 @@ def require_positive(owner: object, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
         require(value > 0, f"{type(owner).__name__}.{name}", value, "greater than 0")
+
+
+def require_choices(owner: object) -> None:
+    """Raise `ConfigError` unless each attribute of `owner` that a `Literal` types is one of its values.
+
+    Python doesn't look at types, and a name that is none would fall through to whatever comes last.
+    """
+    for name, hint in get_type_hints(type(owner)).items():
+        if get_origin(hint) is Literal:
+            value, choices = getattr(owner, name), get_args(hint)
+            require(value in choices, f"{type(owner).__name__}.{name}", value, f"one of {', '.join(choices)}")
 
 
 def valid_name(name: str) -> bool:

@@ -10,7 +10,13 @@ from danube_ray.config.training import LoopConfig, OptimizerConfig
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank adapters on every linear of attention and MLP (Danube: rank 4, alpha 16 for DPO)."""
+    """Low-rank adapters on every linear of attention and MLP (Danube: rank 4, alpha 16 for DPO).
+
+    Args:
+        rank: of the two factors.
+        alpha: the adapter counts alpha / rank times.
+        dropout: of the adapter's input.
+    """
 
     rank: int = 4
     alpha: int = 16
@@ -23,9 +29,18 @@ class LoraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """Post-training of the Hugging Face folder `base` on the JSONL or Parquet file `data`.
+    """Post-training of a Hugging Face folder on rows of conversations or pairs.
 
-    `max_length` None takes the base's full context. `batch_size` counts conversations (SFT) or pairs (DPO) a step.
+    Args:
+        name: of the run's folder; the same name goes on with a run that was stopped.
+        base: the Hugging Face folder to start from.
+        data: a .jsonl or .parquet file: messages, or prompt and response; for DPO prompt, chosen and rejected.
+        epochs: times that the data is seen.
+        batch_size: conversations or pairs a step, of all workers together.
+        micro_batch_size: of these, what a worker computes at a time.
+        max_length: tokens of a row: longer ones lose their oldest exchanges, then their end. None: the base's context.
+        lora: adapters instead of all weights: lora:lora-config at the end turns them on, lora:none off.
+        output_dir: where the run's folder goes.
     """
 
     name: str
@@ -49,7 +64,11 @@ class FinetuneConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DpoConfig(FinetuneConfig):
-    """Direct preference optimisation (Rafailov et al., 2023) with the reports' beta of 0.2 and LoRA of rank 4."""
+    """Direct preference optimisation (Rafailov et al., 2023) with the reports' beta of 0.2 and LoRA of rank 4.
+
+    Args:
+        beta: how much a departure from the base costs.
+    """
 
     beta: float = 0.2
     batch_size: int = 2

@@ -14,7 +14,19 @@ UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 class ModelConfig:
     """Shape of a Llama or Mistral decoder: RMSNorm, RoPE, SwiGLU, grouped-query attention, no biases, untied head.
 
-    With `sliding_window` set, a query sees itself and the `sliding_window - 1` tokens before it, as in Mistral.
+    Args:
+        vocab_size: pieces of the tokenizer.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the MLP.
+        num_layers: attention and MLP each.
+        num_heads: of queries.
+        num_kv_heads: of keys and values; a divisor of the heads.
+        head_dim: width of a head; even.
+        context_length: tokens of the longest sequence.
+        sliding_window: a query sees itself and the `sliding_window - 1` tokens before it, as in Mistral; None: all.
+        rope_theta: RoPE's base.
+        rms_norm_eps: added to the mean square.
+        initializer_range: standard deviation of new weights.
     """
 
     vocab_size: int

@@ -17,10 +17,18 @@ QUALITY_BOUNDS = (0.0, 0.25, 0.5, 0.75)  # the least quality in each of the buck
 class StageConfig:
     """One stage of pretraining: how many tokens, at what sequence length, from which sources.
 
-    `shares` are integer weights of the sources' windows (`{"web": 906, "wiki": 94}` is 90.6 % web).
-    `min_quality` leaves out a source's documents scored below it: 0, 0.25, 0.5 or 0.75, as token shards are parted. A
-    stage may train with another attention window than the model's (None: none at all), another RoPE base, or a multiple
-    of the schedule's learning rate; the exported model has the last stage's window and base.
+    The exported model has the last stage's window and RoPE base.
+
+    Args:
+        name: what logs and reports call it.
+        tokens: to train on.
+        sequence_length: tokens a window.
+        micro_batch_size: windows that a worker computes at a time; gradients of several are added up.
+        shares: integer weights of the sources' windows: web=906,wiki=94 is 90.6 % web.
+        min_quality: by source: documents scored below it are left out; 0, 0.25, 0.5 or 0.75.
+        sliding_window: tokens that attention sees in this stage; None: all, model: as the model.
+        rope_theta: RoPE's base in this stage; model: as the model.
+        learning_rate_scale: times the schedule's learning rate.
     """
 
     name: str
@@ -57,13 +65,17 @@ class StageConfig:
 class RunConfig:
     """A pretraining run: a model, its stages, and how to train it.
 
-    `global_batch_tokens` is the same in every stage: the batch stays constant while the window grows. The sources of
-    the stages are folders under `tokens_dir`; results go to `output_dir/name`. `max_epochs` caps how often a source may
-    be seen: past about four epochs repeated text teaches little (Muennighoff et al., 2023).
-
-    `init_from` is a Hugging Face folder whose weights the run begins with: its step, its optimizer and its data begin
-    anew, unlike a run's that is resumed. `sample_prompts` are continued at every validation, with the tokenizer of the
-    folder `tokenizer`.
+    Args:
+        name: of the run's folder; the same name goes on with a run that was stopped.
+        global_batch_tokens: tokens a step, of all workers together; the same in every stage while the window grows.
+        max_epochs: how often a source may be seen; past about four, repeated text teaches little (Muennighoff et al.,
+            2023).
+        validation_windows: held-out windows of each source that a validation scores.
+        init_from: a Hugging Face folder whose weights the run begins with; step, optimizer and data begin anew.
+        sample_prompts: texts that the model continues at every validation; they need --tokenizer.
+        tokenizer: the folder of the tokenizer that made the token shards.
+        tokens_dir: the folder of token shards, with a folder for each source.
+        output_dir: where the run's folder goes.
     """
 
     name: str
@@ -95,9 +107,9 @@ class RunConfig:
         if self.sample_prompts:
             remedy = "the folder of the tokenizer that made the token shards"
             require(self.tokenizer is not None, "RunConfig.tokenizer", None, "a folder with sample_prompts", remedy)
-        require(
-            self.num_steps > 0, "RunConfig.stages", self.total_tokens, f"at least {self.global_batch_tokens} tokens"
-        )
+        for stage, begin, end in zip(self.stages, (0, *self.stage_ends), self.stage_ends, strict=False):
+            allowed = f"enough for a step of global_batch_tokens={self.global_batch_tokens}"
+            require(begin < end, f"tokens of stage {stage.name!r}", stage.tokens, allowed)
 
     @property
     def longest_sequence(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from danube_ray.config.check import require, require_positive
+from danube_ray.config.check import require, require_choices, require_positive
 
 Precision = Literal["fp32", "bf16", "fp8-te", "fp8-torchao", "fp8-emulated"]
 Fp8Scaling = Literal["current", "delayed", "block", "rowwise"]
@@ -24,8 +24,17 @@ FP8_SCALINGS: dict[str, tuple[Fp8Scaling, ...]] = {
 class OptimizerConfig:
     """AdamW with a warm-up and a schedule; defaults are Danube 1.8B's (report, section 3).
 
-    `wsd` holds the learning rate after the warm-up and lowers it linearly to the minimum over the last
-    `decay_fraction` of the steps (warm-up, stable, decay: Hu et al., 2024).
+    Args:
+        learning_rate: the peak, after the warm-up.
+        min_learning_rate: what the schedule ends at.
+        warmup_steps: steps of a linear rise from zero.
+        schedule: after the warm-up; wsd holds the peak and lowers it linearly at the end (Hu et al., 2024).
+        decay_fraction: of the steps, in which wsd lowers the learning rate.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        epsilon: added to the root of the second moment.
+        weight_decay: decoupled, on matrices.
+        max_grad_norm: gradients of a larger norm are clipped to it.
     """
 
     learning_rate: float = 2e-4
@@ -40,6 +49,7 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
+        require_choices(self)
         require_positive(self, "learning_rate", "epsilon", "max_grad_norm")
         require(self.warmup_steps >= 0, "OptimizerConfig.warmup_steps", self.warmup_steps, "0 or more")
         require(self.weight_decay >= 0, "OptimizerConfig.weight_decay", self.weight_decay, "0 or more")
@@ -59,25 +69,39 @@ class OptimizerConfig:
 class LoopConfig:
     """How the one training loop runs, whatever the task: workers, precision, and when it logs, validates and saves.
 
-    Workers: with `min_workers` set, a run that loses a node goes on with as few, and grows again (elastic); the global
-    batch stays the same. `parallelism` is DDP, or DeepSpeed's ZeRO stage 1, 2 or 3 where a model outgrows one GPU.
+    A bad step has a loss or gradient that is no number or, with `spike_deviations` set, a loss far above the recent
+    ones.
 
-    FP8: `fp8_scaling` None takes the precision's default (`FP8_SCALINGS`). Every `fp8_guard_every_steps` steps (0:
-    never) the same held-out batches are evaluated in bf16; where FP8's loss is more than `fp8_guard_max_gap` (relative)
-    above it, the guard warns, or goes on in bf16.
-
-    A bad step has a loss or gradient that is no number or, with `spike_deviations` set, a loss that many standard
-    deviations above the recent mean. `on_bad_step` stops the run, skips the update, or rolls back to the last good
-    checkpoint (a step that is bad twice is skipped); after `max_bad_steps` the run stops. `skip_steps`, counted from 1
-    as in the metrics, are passed over without training. A worker without progress for `hang_timeout_s` is named and
-    ended.
-
-    `compile` compiles each layer; under fp8-te, whose products can't be compiled, what lies between them.
-
-    `keep_checkpoints` newest checkpoints stay, and for ever those every `milestone_every_steps` (0: none).
-
-    `tracker` shows the run in W&B or MLflow beside TensorBoard and the report; their keys and servers come from the
-    environment. torch's profiler records `profile_steps` steps, after a few warm ones, to the run's `profile/`.
+    Args:
+        num_workers: processes that share each batch, one for each GPU; their number changes no batch.
+        min_workers: elastic: a run that loses a node goes on with as few, and grows again. None: it waits for all.
+        cpus_per_worker: CPUs that Ray sets aside for each, and threads of one without a GPU.
+        parallelism: ddp, or DeepSpeed's ZeRO stage 1, 2 or 3 where a model outgrows one GPU; checkpoints are the same.
+        precision: of the products; weights and moments are fp32. fp8-te wants Hopper, fp8-emulated is for tests.
+        fp8_scaling: how tensors are scaled into FP8; None is current. fp8-te: current, delayed, block; fp8-torchao:
+            current, rowwise; fp8-emulated: current, delayed.
+        fp8_guard_every_steps: how often FP8 is compared with bf16 on the same held-out batches; 0: never.
+        fp8_guard_max_gap: FP8's loss may be so much above bf16's, relative.
+        fp8_guard_action: beyond that gap: warn, or go on in bf16.
+        attention: auto takes the best that the machine has.
+        activation_checkpointing: keep each layer's input and compute the rest again: less memory, a third slower.
+        compile: compile each layer; under fp8-te, whose products can't be compiled, what lies between them.
+        deterministic: the same bits on a GPU every time, slower.
+        seed: of the weights and of the data's order.
+        log_every_steps: steps between lines of metrics.
+        validate_every_steps: steps between validations.
+        checkpoint_every_steps: steps between checkpoints, which are written beside the training.
+        keep_checkpoints: so many of the newest stay.
+        milestone_every_steps: checkpoints of these steps stay for ever; 0: none.
+        on_bad_step: stop the run, skip the update, or roll back to the last good checkpoint (a step that is bad twice
+            is skipped).
+        spike_deviations: a loss so many standard deviations above the recent mean is bad; None: none is.
+        max_bad_steps: after so many the run stops.
+        skip_steps: passed over without training, counted from 1 as in the metrics.
+        hang_timeout_s: seconds after which a worker without progress is named and ended.
+        max_restarts: how often the run goes on by itself after a failure.
+        tracker: shows the run beside TensorBoard and the report; keys and servers come from the environment.
+        profile_steps: steps that torch's profiler records, after a few warm ones, to the run's profile/; 0: none.
     """
 
     num_workers: int = 1
@@ -109,6 +133,7 @@ class LoopConfig:
     profile_steps: int = 0
 
     def __post_init__(self) -> None:
+        require_choices(self)
         require_positive(self, "num_workers", "cpus_per_worker", "log_every_steps", "validate_every_steps")
         require_positive(self, "checkpoint_every_steps", "keep_checkpoints", "fp8_guard_max_gap", "hang_timeout_s")
         counts = ("max_restarts", "max_bad_steps", "fp8_guard_every_steps", "milestone_every_steps", "profile_steps")

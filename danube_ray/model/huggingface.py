@@ -88,10 +88,11 @@ def hf_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     return values if config.sliding_window is None else {**values, "sliding_window": config.sliding_window}
 
 
-def load_config(folder: Path, *, any_rope: bool = False) -> ModelConfig:
+def load_config(folder: Path, *, any_rope: bool = False, quantized: bool = False) -> ModelConfig:
     """The shape of the model in a Hugging Face folder; `ConfigError` when it is not one that `Transformer` computes.
 
-    With `any_rope`, scaled RoPE, which `Transformer` does not compute, is the caller's to look at.
+    With `any_rope`, scaled RoPE, which `Transformer` does not compute, is the caller's to look at; with `quantized`,
+    compressed weights.
     """
     path = folder / "config.json"
     try:
@@ -106,9 +107,10 @@ def load_config(folder: Path, *, any_rope: bool = False) -> ModelConfig:
     rope = values.get("rope_parameters") or {}
     if not any_rope:
         require(not values.get("rope_scaling"), f"rope_scaling in {path}", values.get("rope_scaling"), "None")
-        kind = rope.get("rope_type", "default")
+        kind = rope.get("rope_type", rope.get("type", "default"))  # both are read by transformers
         require(kind == "default", f"rope_type in {path}", kind, "'default'")
-    require("quantization_config" not in values, f"quantization_config in {path}", "set", "unquantized weights")
+    if not quantized:
+        require("quantization_config" not in values, f"quantization_config in {path}", "set", "unquantized weights")
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         require(key in values, f"{key} in {path}", None, "a number")
     heads = values["num_attention_heads"]

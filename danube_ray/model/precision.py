@@ -41,11 +41,13 @@ def check_precision(precision: Precision, device: torch.device, scaling: Fp8Scal
         fp8_product(precision)
 
 
-def check_shapes(precision: Precision, model: ModelConfig, sequence_length: int) -> None:
+def check_shapes(
+    precision: Precision, model: ModelConfig, sequence_length: int, named: str = "sequence_length"
+) -> None:
     """Raise `ConfigError` where FP8 kernels don't take the matrices of `model`; needs no device.
 
     Every dimension must be a multiple of 16, also the tokens of a micro-batch: a sequence length that is one makes any
-    number of sequences one.
+    number of sequences one. `named` is the setting that the length comes from.
     """
     if precision not in FP8_SCALINGS:
         return
@@ -54,7 +56,7 @@ def check_shapes(precision: Precision, model: ModelConfig, sequence_length: int)
         "ModelConfig.intermediate_size": model.intermediate_size,
         "num_heads * head_dim": model.num_heads * model.head_dim,
         "num_kv_heads * head_dim": model.num_kv_heads * model.head_dim,
-        "sequence_length": sequence_length,
+        named: sequence_length,
     }
     for name, size in sizes.items():
         allowed = f"a multiple of {ALIGNMENT} in precision {precision}"

@@ -6,10 +6,13 @@ import dataclasses
 import json
 import os
 import signal
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -48,6 +51,7 @@ from danube_ray.runtime.session import session
 from danube_ray.runtime.streaming import RankStreams, read_stream, steps_dataset
 from danube_ray.train.checkpoint import (
     checkpoint_folder,
+    checkpoint_steps,
     newest_committed,
     newest_verified,
     require_equal,
@@ -66,9 +70,10 @@ MakeTask = Callable[[], Task]
 STREAM = "steps"
 STOP = "stop"  # a file in the run's folder: what it says is why the run should save and end
 PATHS = {"output_dir", "tokens_dir", "base", "data", "init_from", "tokenizer"}
-# Settings, at any depth, that say where, how often or how much at once, and nothing of what comes out. Paths are known
-# by the content behind them (`Task.identity`).
+# Settings that say where, how often or how much at once, and nothing of what comes out. Paths are known by the content
+# behind them (`Task.identity`).
 FREE = {"name", "kind", "micro_batch_size", "max_epochs", "validation_windows", "sample_prompts", *PATHS}
+FREE_IN_STAGE = {"name", "micro_batch_size"}
 DECISIVE_LOOP = ("precision", "fp8_scaling", "seed")
 ConfigT = TypeVar("ConfigT", RunConfig, FinetuneConfig, DpoConfig)
 CHECKPOINT_BYTES = 12  # a parameter: its float32 master weight and AdamW's two moments
@@ -84,12 +89,11 @@ class RayContext:
         self.device = get_device()
         self.stop_file = run_folder / STOP
         self.noticed: set[str] = set()
+        self.stream = ThreadPoolExecutor(1, thread_name_prefix="stream").submit(open_stream)
 
     def batches(self, reader: StepReader, start_step: int) -> Iterator[tuple[int, Batch]]:
         """Ray Data's stream; it was started from the same checkpoint, which the loop verifies with the first step."""
-        shard = ray.train.get_dataset_shard(STREAM)
-        assert shard is not None  # the trainer was given the stream
-        return read_stream(shard)
+        return self.stream.result()
 
     def stop_requested(self) -> str | None:
         """What the driver left in the run's folder; rank 0 looks for all, once a step."""
@@ -105,6 +109,15 @@ class RayContext:
     def report(self, metrics: dict[str, Any]) -> None:
         """The checkpoint is committed on storage already: Ray learns its metrics, and the ranks wait for each other."""
         ray.train.report(metrics)
+
+
+def open_stream() -> Iterator[tuple[int, Batch]]:
+    """This worker's batches, once the first is here: Ray starts the stream's processes while the model is built."""
+    shard = ray.train.get_dataset_shard(STREAM)
+    assert shard is not None  # the trainer was given the stream
+    batches = read_stream(shard)
+    first = list(islice(batches, 1))  # none where nothing is left to train
+    return chain(first, batches)
 
 
 def pretrain(run: RunConfig, progress: Progress | None = None) -> Path:
@@ -141,8 +154,8 @@ def train(
     """Run the loop under Ray Train until the task's last step is committed, restarting workers that die.
 
     A finished run returns at once; a stopped one goes on from its newest verified checkpoint, after a worker's death,
-    the driver's or the cluster's. On SIGTERM it saves and raises `RunStopped`. Raises what the loop raised, once
-    `max_restarts` are used up; what trying again can't mend is raised at once.
+    the driver's or the cluster's. On SIGTERM and Ctrl-C it saves and raises `RunStopped`. Raises what the loop raised,
+    once `max_restarts` are used up; what trying again can't mend is raised at once.
     """
     folder = Path(config.output_dir) / config.name
     check_settings(config, settings)
@@ -153,13 +166,12 @@ def train(
         return last
     require_same_run(folder, **inputs)
     trained = config.model.num_parameters if isinstance(config, RunConfig) else base_parameters(config)
-    kept = settings.keep_checkpoints + 1  # the next one is written before the oldest goes
-    require_space(folder, kept * CHECKPOINT_BYTES * trained, f"keeping {settings.keep_checkpoints} checkpoints")
+    require_room(folder, settings.keep_checkpoints, trained)
     write_json(folder / "config.json", {**to_dict(config), "kind": task.name})
     write_json(folder / "provenance.json", provenance())
     with session(), (progress or Progress()).follow(folder, task.reader.num_steps, task.name):
         require_capacity(settings)
-        with stop_on_sigterm(folder):
+        with stop_on_signals(folder):
             trainer(make_task, task.reader, folder, optimizer, settings).fit()
     if not (last / MANIFEST).is_file():
         raise_ending(folder)
@@ -175,21 +187,36 @@ def check_settings(config: RunConfig | FinetuneConfig, settings: LoopConfig) -> 
     if isinstance(config, RunConfig):
         for stage in config.stages:
             check_shapes(settings.precision, config.model, stage.sequence_length)
+    elif not isinstance(config, EncoderConfig):
+        base = load_config(Path(config.base))
+        check_shapes(settings.precision, base, config.max_length or base.context_length, "FinetuneConfig.max_length")
 
 
 @contextmanager
-def stop_on_sigterm(folder: Path) -> Iterator[None]:
-    """Turn SIGTERM into a wish that the workers see: they save, and end as if the run were over."""
+def stop_on_signals(folder: Path) -> Iterator[None]:
+    """Turn SIGTERM and Ctrl-C into a wish that the workers see: they save, and end as if the run were over.
+
+    A second Ctrl-C doesn't wait for that.
+    """
     stop = folder / STOP
     stop.unlink(missing_ok=True)
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: write_atomically(stop, signal.Signals(number).name))
+
+    def ask(number: int, frame: object) -> None:
+        if number == signal.SIGINT:
+            if stop.exists():
+                raise KeyboardInterrupt
+            print("\nsaving, then ending; Ctrl-C again ends at once", file=sys.stderr, flush=True)
+        write_atomically(stop, signal.Signals(number).name)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         stop.unlink(missing_ok=True)
 
 
@@ -209,6 +236,13 @@ def located(config: ConfigT) -> ConfigT:
     return dataclasses.replace(config, **{name: str(Path(path).resolve()) for name, path in paths.items()})
 
 
+def require_room(folder: Path, keep_checkpoints: int, parameters: int) -> None:
+    """Raise `ArtifactError` where the disk can't hold the checkpoints to come; those that are there make room."""
+    there = len(checkpoint_steps(folder / "checkpoints"))
+    to_come = max(1, keep_checkpoints + 1 - there)  # the next one is written before the oldest goes
+    require_space(folder, to_come * CHECKPOINT_BYTES * parameters, f"keeping {keep_checkpoints} checkpoints")
+
+
 def base_parameters(config: FinetuneConfig) -> int:
     """How many parameters post-training may change: all of the base's; adapters and encoders are too small to count."""
     return 0 if config.lora or isinstance(config, EncoderConfig) else load_config(Path(config.base)).num_parameters
@@ -216,8 +250,12 @@ def base_parameters(config: FinetuneConfig) -> int:
 
 def settings_identity(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide what a run produces, as JSON has them."""
-    decisive = {**settings, "loop": {name: settings["loop"].get(name) for name in DECISIVE_LOOP}}
-    return json.loads(json.dumps(decisive), object_hook=lambda part: {k: v for k, v in part.items() if k not in FREE})
+    identity = {name: value for name, value in json.loads(json.dumps(settings)).items() if name not in FREE}
+    identity["loop"] = {name: identity["loop"].get(name) for name in DECISIVE_LOOP}
+    for stage in identity.get("stages", ()):
+        for name in FREE_IN_STAGE:
+            del stage[name]
+    return identity
 
 
 def require_same_run(folder: Path, settings: dict[str, Any], task: dict[str, Any]) -> None:
@@ -232,15 +270,15 @@ def require_same_run(folder: Path, settings: dict[str, Any], task: dict[str, Any
 
 
 def require_capacity(settings: LoopConfig) -> None:
-    """Refuse a run that would wait for ever: workers take CPUs, and the stream needs one beside them."""
+    """Refuse a run that would wait for ever for the CPUs of its workers."""
     total = ray.cluster_resources().get("CPU", 0)
     least = settings.min_workers or settings.num_workers
     require(
-        least * settings.cpus_per_worker + 1 <= total,
+        least * settings.cpus_per_worker <= total,
         "LoopConfig.min_workers" if settings.min_workers else "LoopConfig.num_workers",
         least,
-        f"at most {int((total - 1) // settings.cpus_per_worker)} on this cluster of {total:g} CPUs",
-        "each worker takes cpus_per_worker, and one CPU is left for the stream",
+        f"at most {int(total // settings.cpus_per_worker)} on this cluster of {total:g} CPUs",
+        f"each worker takes cpus_per_worker={settings.cpus_per_worker}",
     )
 
 
@@ -269,7 +307,7 @@ def trainer(
         """What Ray Train evaluates whenever workers (re)start."""
         return steps_dataset(reader, step_of(newest_verified(folder / "checkpoints")))
 
-    return TorchTrainer(
+    made = TorchTrainer(
         work,
         datasets={STREAM: remaining_steps},
         dataset_config=RankStreams(reader),
@@ -285,3 +323,5 @@ def trainer(
             failure_config=FailureConfig(max_failures=settings.max_restarts),
         ),
     )
+    made._register_sigint_handler = lambda controller: None  # Ray's ends the workers before they have saved
+    return made

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,13 @@ def verified(checkpoints: Path) -> tuple[Path | None, dict[int, str]]:
 
 
 def newest_committed(checkpoints: Path) -> Path | None:
-    """The newest checkpoint with a manifest, its files not read: for what its state says, not to start from."""
-    steps = reversed(checkpoint_steps(checkpoints))
-    folders = (checkpoint_folder(checkpoints, step) for step in steps)
-    return next((folder for folder in folders if (folder / MANIFEST).is_file()), None)
+    """The newest checkpoint with a manifest and a readable state: for what that says, not to start from."""
+    for step in reversed(checkpoint_steps(checkpoints)):
+        folder = checkpoint_folder(checkpoints, step)
+        with suppress(ArtifactError):
+            if (folder / MANIFEST).is_file() and read_json(folder / STATE):
+                return folder
+    return None
 
 
 def step_of(checkpoint: Path | None) -> int:
@@ -123,8 +127,13 @@ def require_equal(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> 
         )
 
 
-def keep_newest(checkpoints: Path, count: int, milestone_every_steps: int = 0) -> None:
-    """Remove all but the newest `count` checkpoints and those at multiples of `milestone_every_steps`."""
-    for step in checkpoint_steps(checkpoints)[:-count]:
-        if not milestone_every_steps or step % milestone_every_steps:
-            shutil.rmtree(checkpoint_folder(checkpoints, step), ignore_errors=True)
+def keep_newest(checkpoints: Path, newest: int, count: int, milestone_every_steps: int = 0) -> None:
+    """Keep the `count` newest committed checkpoints up to step `newest`, and those at `milestone_every_steps`.
+
+    What was never committed goes, and what lies past `newest`: the run began anew before it, so it is damaged.
+    """
+    steps = checkpoint_steps(checkpoints)
+    committed = [s for s in steps if s <= newest and (checkpoint_folder(checkpoints, s) / MANIFEST).is_file()]
+    milestones = {step for step in committed if milestone_every_steps and step % milestone_every_steps == 0}
+    for step in set(steps) - set(committed[-count:]) - milestones:
+        shutil.rmtree(checkpoint_folder(checkpoints, step), ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.autograd import Variable
 
 
 class GradientWait:
-    """Runs backward passes of a `DistributedDataParallel` model and measures the wait at their end.
+    """Runs backward passes and measures the wait at their end.
 
     DDP reduces each bucket of gradients as soon as it is full, and waits for all of them in a callback that autograd
     runs after the last gradient. Callbacks run in the order in which they were queued, so one that is queued at the
@@ -24,13 +25,13 @@ class GradientWait:
         self.waited_s = 0.0
         self.pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # until the GPU has come past
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """`loss.backward()`, measured."""
+    def backward(self, loss: torch.Tensor, run: Callable[[torch.Tensor], object] = torch.Tensor.backward) -> None:
+        """`run(loss)`, a backward pass and the gradients' way to the other ranks, measured."""
         engine: Any = Variable._execution_engine
         marks: list[Any] = []
         # The hook runs inside the pass, which is where a callback for its end can be queued.
         loss.register_hook(lambda _: engine.queue_callback(lambda: marks.append(self.mark())))
-        loss.backward()
+        run(loss)
         (computed,), arrived = marks, self.mark()
         if self.on_gpu:
             self.pending.append((computed, arrived))

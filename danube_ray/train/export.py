@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from danube_ray.artifacts import MANIFEST, complete_once, file_hash, read_json
-from danube_ray.config import ModelConfig, RunConfig, StageConfig
+from danube_ray.artifacts import MANIFEST, complete_once, file_hash
+from danube_ray.config import ModelConfig
 from danube_ray.model.huggingface import export_model
 from danube_ray.train.checkpoint import MODEL
 
@@ -41,14 +41,3 @@ def export_checkpoint(
     """Export a pretraining checkpoint with the tokenizer that its shards were made with."""
     inputs = {"checkpoint": file_hash(checkpoint / MANIFEST), "model": model, "dtype": str(dtype)}
     return export_state(load_file(checkpoint / MODEL), model, tokenizer, out, inputs, dtype)
-
-
-def model_of_run(run_folder: Path) -> ModelConfig:
-    """The model as a pretraining run's last stage leaves it, from the configuration that the run stored."""
-    stored = read_json(run_folder / "config.json")
-    return RunConfig(
-        name=stored["name"],
-        model=ModelConfig(**stored["model"]),
-        stages=tuple(StageConfig(**stage) for stage in stored["stages"]),
-        global_batch_tokens=stored["global_batch_tokens"],
-    ).final_model

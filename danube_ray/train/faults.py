@@ -100,4 +100,4 @@ class BadSteps:
         mean, deviation = statistics.fmean(self._recent), statistics.pstdev(self._recent)
         if loss <= mean + allowed * deviation:
             return None
-        return f"loss {loss:.4f}, {(loss - mean) / deviation:.1f} standard deviations above the recent {mean:.4f}"
+        return f"loss {loss:.4f}, over {allowed:g} standard deviations of {deviation:.4f} above the recent {mean:.4f}"

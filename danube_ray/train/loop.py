@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from danube_ray.config import LoopConfig, OptimizerConfig
 from danube_ray.model.precision import autocast, load_scaling_state, scaling_state
@@ -72,9 +73,10 @@ class Fit:
         self.identity = task.identity() if context.rank == 0 else {}
         self.run_folder, self.checkpoints = run_folder, run_folder / "checkpoints"
         self.last = task.reader.num_steps
-        module = build_module(task, settings, context.device)
-        self.strategy = build_strategy(module, optimizer, settings, context)
         self.events = Events(run_folder, writes=context.rank == 0)
+        found = self.find()
+        module = build_module(task, settings, context.device, drawn=found == 0)
+        self.strategy = build_strategy(module, optimizer, settings, context)
         self.bad_steps = BadSteps(settings, self.events)
         self.saver = Saver(self.checkpoints, settings.keep_checkpoints, settings.milestone_every_steps)
         self.saving: dict[str, Any] | None = None  # what to report of the checkpoint that is being written
@@ -87,7 +89,8 @@ class Fit:
         self.validation_loss: float | None = None
         self.guard = Guard(settings)
         self.updates = 0  # steps that changed the weights: a skipped one doesn't count for AdamW's bias correction
-        self.start_from(self.restore())
+        self.restore(found)
+        self.start_from(found)
         if self.step:
             self.events.write("resumed", self.step, f"with {context.world_size} workers")
 
@@ -101,29 +104,32 @@ class Fit:
         folder = checkpoint.checkpoint_folder(self.checkpoints, self.step)
         return FitResult(self.step, folder, self.validation_loss, stopped)
 
-    def restore(self) -> int:
-        """Load the newest verified checkpoint, as rank 0 finds it; its steps done, or 0 and no change without one."""
-        found = 0
+    def find(self) -> int:
+        """Steps done at the newest verified checkpoint, as rank 0 finds it; 0 without one."""
+        found = torch.zeros((), dtype=torch.int64, device=self.context.device)
         if self.context.rank == 0:
             folder, passed_over = checkpoint.verified(self.checkpoints)
             for step, wrong in passed_over.items():
                 self.events.write("checkpoint passed over", step, wrong)
             if folder is not None:
                 checkpoint.require_identity(folder, self.identity)
-            found = checkpoint.step_of(folder)
-        agreed = torch.tensor(float(found), dtype=torch.float64, device=self.context.device)
-        step = int(self.strategy.sum_over_ranks(agreed).item())
+            found += checkpoint.step_of(folder)
+        if self.context.world_size > 1:
+            dist.broadcast(found, src=0)
+        return int(found.item())
+
+    def restore(self, step: int) -> None:
+        """Load the checkpoint that was found after `step` steps; no change where there was none."""
         if step:
             folder = checkpoint.checkpoint_folder(self.checkpoints, step)
             snapshot = checkpoint.read(folder, set(checkpoint.trainable(self.strategy.module)))
             self.updates = snapshot.state["updates"]
             self.strategy.load(snapshot.weights, snapshot.moments, self.updates)
             load_scaling_state(self.strategy.module, snapshot.scales)
-            if snapshot.state["precision"] != self.settings.precision:
+            if self.settings.scaling and snapshot.state["precision"] == "bf16":  # the guard had given FP8 up
                 self.fall_back()
             self.bad_steps.remember(snapshot.state["recent_losses"])
         self.saved = step
-        return step
 
     def start_from(self, step: int) -> None:
         """Begin, or begin again, after `step` steps: nothing logged past it stays."""
@@ -194,12 +200,13 @@ class Fit:
         """Go back to the newest verified checkpoint; False, and no change, where there is none yet."""
         self.strategy.discard()
         self.finish_saving()
-        restored = self.restore()
-        if restored:
-            self.start_from(restored)
+        found = self.find()
+        if found:
+            self.restore(found)
+            self.start_from(found)
         else:
             self.events.write("skip", self.step + 1, "there is no checkpoint yet to roll back to")
-        return restored > 0
+        return found > 0
 
     def read_again(self, end: int) -> Batches:
         """The steps from here to `end`, past which the stream has moved on, straight from the reader."""

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from danube_ray.artifacts import append_json_lines, leaves, read_json_lines, write_atomically
-from danube_ray.report import write_report
+from danube_ray.report.page import write_report
 from danube_ray.train.tracking import Sink, TensorBoard, Tracker, open_tracker
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +15,8 @@ from torch import Tensor
 from danube_ray.artifacts import (
     commit,
     content_hash,
-    damage,
-    finished,
+    intact,
+    publish,
     read_manifest,
     require_replaceable,
     require_space,
@@ -69,7 +68,7 @@ def remap(
     )
     facts = {"old_tokenizer": old.sha256, "new_tokenizer": new.sha256, "new_rows": new_rows, "seed": seed}
     inputs = {**facts, "from": [config, weights_hashes(model)], "to": target}
-    if finished(out, inputs) and damage(out) is None:
+    if intact(out, inputs):
         return read_manifest(out)
     dtype = next(read_weights(model))[1].dtype
     require_space(out, target.num_parameters * dtype.itemsize, "the remapped model")
@@ -86,8 +85,7 @@ def remap(
     write_model(state, target, new_tokenizer, work, dtype)
     counts = {"rows_copied": len(rows) - len(missing), "rows_new": len(missing)}
     manifest = commit(work, inputs=content_hash(inputs), **counts, **facts)
-    shutil.rmtree(out, ignore_errors=True)
-    work.rename(out)
+    publish(work, out)
     return manifest
 
 

@@ -56,4 +56,4 @@ class Saver:
 
     def _write(self, snapshot: Snapshot) -> None:
         checkpoint.write(self.checkpoints, snapshot)
-        checkpoint.keep_newest(self.checkpoints, self.keep, self.milestone_every_steps)
+        checkpoint.keep_newest(self.checkpoints, snapshot.state["step"], self.keep, self.milestone_every_steps)

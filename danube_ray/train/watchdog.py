@@ -8,6 +8,7 @@ import os
 import socket
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -57,9 +58,13 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._ended.wait(self.timeout_s / NOTES_A_TIMEOUT):
-            self._note()
+            with suppress(OSError):  # a full disk is no reason to stop watching
+                self._note()
             if time.monotonic() - self._beaten > self.timeout_s:
-                self._end()
+                try:
+                    self._tell()
+                finally:
+                    os._exit(EXIT_HANGING)  # the main thread may sit in a collective that nothing else can end
 
     def _note_file(self, rank: int) -> Path:
         return self.run_folder / "progress" / f"rank-{rank}.json"
@@ -71,7 +76,7 @@ class Watchdog:
         }  # fmt: skip
         write_json(self._note_file(self.rank), note)
 
-    def _end(self) -> None:
+    def _tell(self) -> None:
         notes = self._notes()
         fresh = [rank for rank, note in notes.items() if note["noted"] > time.time() - self._stale_s()]
         detail = self._describe(notes)
@@ -80,7 +85,6 @@ class Watchdog:
             Events(self.run_folder).write("hang", self.step + 1, detail)
         with (self.run_folder / f"hang-rank-{self.rank}.txt").open("w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
-        os._exit(EXIT_HANGING)  # the main thread may sit in a collective that nothing else can end
 
     def _stale_s(self) -> float:
         return STALE_NOTES * self.timeout_s / NOTES_A_TIMEOUT
@@ -90,13 +94,13 @@ class Watchdog:
         for rank in range(self.world_size):
             try:
                 notes[rank] = read_json(self._note_file(rank))
-            except ArtifactError:  # gone already, or never come
+            except (ArtifactError, OSError):  # gone already, or never come
                 continue
         return notes
 
     def _describe(self, notes: dict[int, dict[str, Any]]) -> str:
         """Name the ranks that the others wait for."""
-        fewest = min(note["beats"] for note in notes.values())
+        fewest = min((note["beats"] for note in notes.values()), default=0)
         named = []
         for rank, note in notes.items():
             if note["beats"] == fewest:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import os
 import warnings
 from contextlib import AbstractContextManager, nullcontext
@@ -30,6 +31,7 @@ from torch import nn
 
 from danube_ray.config import LoopConfig, OptimizerConfig, require
 from danube_ray.train.checkpoint import MOMENTS, Tensors, trainable
+from danube_ray.train.communication import GradientWait
 from danube_ray.train.optimizer import build_optimizer
 from danube_ray.train.protocol import Context
 
@@ -52,6 +54,7 @@ class Zero:
         self.rank, self.world_size, self.stage = context.rank, context.world_size, stage
         self.max_grad_norm = config.max_grad_norm
         self.updates = 0
+        self.waiting = GradientWait(context.device)
         self._norm = torch.zeros(())
         num_elements = sum(parameter.numel() for parameter in trainable(module).values())
         self.engine, self.optimizer, *_ = self.deepspeed.initialize(
@@ -80,7 +83,7 @@ class Zero:
         return nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
-        self.engine.backward(loss * self.world_size)  # DeepSpeed averages: undo its division
+        self.waiting.backward(loss * self.world_size, self.engine.backward)  # DeepSpeed averages: undo its division
 
     def gradient_norm(self) -> torch.Tensor:
         squared = nn.utils.get_total_norm(self._gradients()) ** 2
@@ -139,7 +142,9 @@ class Zero:
         self.updates = updates
 
     def communication_s(self) -> float:
-        return float("nan")
+        """Of gradients alone; gathering the updated weights (stage 3: all, in each pass) is not measured."""
+        waited_s = self.waiting.take_s()
+        return waited_s if self.world_size > 1 else math.nan
 
     def _gradients(self) -> list[torch.Tensor]:
         """This rank's part of the summed gradient, after the last backward of a step."""

@@ -21,11 +21,6 @@ GRADIENT_ERROR = (0.045, 0.075)
 BF16_STEP = 2**-8  # half a unit in bf16's last place, relative
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def relative_error(found: Tensor, exact: Tensor) -> float:
     return ((found.double() - exact).norm() / exact.norm()).item()
 

@@ -18,11 +18,6 @@ from danube_ray.model.transformer import rotation
 B, T, E, V = 3, 7, 16, 50
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def gradients(result: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(result, inputs)
 

@@ -162,6 +162,7 @@ def test_older_configs_are_read_with_the_defaults_of_their_time(tmp_path: Path):
         ({"hidden_act": "gelu"}, "hidden_act in .* is 'gelu', allowed is 'silu'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling in .*linear"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type in .* is 'yarn', allowed is 'def"),
+        ({"rope_parameters": {"type": "linear", "factor": 2.0}}, "rope_type in .* is 'linear', allowed is 'default'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config in .*unquantized"),
         ({"vocab_size": 161}, r"lm_head\.weight of .* is \(160, 96\), allowed is \(161, 96\)"),
     ],

@@ -45,11 +45,6 @@ every_recipe = pytest.mark.parametrize(("precision", "scaling"), RECIPES, ids=["
 LOGITS_ERROR = (0.02, 0.12)
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def tokens(seed: int = 0) -> Tensor:
     return torch.randint(0, SMALL.vocab_size, (2, 17), generator=torch.Generator().manual_seed(seed))
 

@@ -18,11 +18,6 @@ CPU = torch.device("cpu")
 MODEL = dataclasses.replace(SMALL, num_layers=3, initializer_range=0.3)
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def tokens(*shape: int) -> torch.Tensor:
     return torch.randint(0, MODEL.vocab_size, shape)
 

@@ -27,6 +27,7 @@ from danube_ray.posttrain.lora import add_adapters, merge
 from danube_ray.posttrain.sft import SftTask
 from danube_ray.quantize.adapter import CONFIG, WEIGHTS, convert_adapter
 from danube_ray.quantize.gguf import convert
+from danube_ray.train.checkpoint import MODEL
 from danube_ray.train.context import LocalContext
 from danube_ray.train.loop import fit
 from danube_ray.train.metrics import METRICS
@@ -150,6 +151,22 @@ def test_dpo_starts_at_ln_2_and_learns_to_prefer(base, pairs, tmp_path):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
 
 
+def test_a_killed_run_with_adapters_and_dropout_ends_with_the_weights_of_an_uninterrupted_one(base, pairs, tmp_path):
+    config = dpo_config(base, pairs, tmp_path)
+    loop = dataclasses.replace(LOOP, deterministic=True, checkpoint_every_steps=3)
+    config = dataclasses.replace(config, lora=LoraConfig(dropout=0.2), loop=loop)
+    whole = fit(DpoTask(config), tmp_path / "whole", loop, OPTIMIZER, LocalContext())
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    for folder in (tmp_path / "killed" / "checkpoints").iterdir():
+        if folder.name != "step-00000003":
+            (folder / MANIFEST).unlink()
+    again = fit(DpoTask(config), tmp_path / "killed", loop, OPTIMIZER, LocalContext())
+    assert again.steps == whole.steps == 8
+    ends = [(result.checkpoint / MODEL).read_bytes() for result in (whole, again)]
+    assert ends[0] == ends[1]
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
 def test_dpo_equals_its_formula(base, pairs, tmp_path):
     """The loss by hand: log-probabilities of whole answers under policy and base, one sequence at a time."""
     task = DpoTask(dpo_config(base, pairs, tmp_path))
@@ -221,6 +238,7 @@ def test_an_adapter_is_exported_once_and_again_where_it_is_torn_or_its_base_has_
     (folder / "note").touch()
     assert (export_adapter(checkpoint, config, folder) / "note").exists()  # left as it was
     (folder / MANIFEST).unlink()
+    (folder.parent / f".{folder.name}.unfinished").touch()  # as one that was killed has left it
     assert file_hash(export_adapter(checkpoint, config, folder) / WEIGHTS) == first
     assert damage(folder) is None and not (folder / "note").exists()
     moved = shutil.copytree(base, tmp_path / "moved")

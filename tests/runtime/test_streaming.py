@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from danube_ray.data.windows import MixtureReader
 from danube_ray.runtime import streaming
@@ -59,3 +63,20 @@ def test_a_stream_begins_at_any_step(ray_session, tokens):
     reader = MixtureReader(small_run(tokens, tokens, "stream"))
     got = read_all(reader, world_size=2, start=17)
     assert len(got) == 24 - 17 and np.array_equal(got[0], reader(17, 0, 1)["tokens"])
+    assert read_all(reader, world_size=2, start=24) == []
+
+
+def test_a_stream_flows_where_the_workers_have_every_cpu(ray_session, tokens):
+    """As they may in an elastic run, once they have grown."""
+    workers = placement_group([{"CPU": ray.cluster_resources()["CPU"]}])
+    ray.get(workers.ready())
+    try:
+        reader = MixtureReader(small_run(tokens, tokens, "stream"))
+        assert len(read_all(reader, world_size=2, start=20)) == 4
+    finally:
+        remove_placement_group(workers)
+
+
+def test_the_processes_of_a_stream_need_not_wait_for_torch():
+    code = "import sys, danube_ray.runtime.streaming, danube_ray.data.windows; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -15,13 +16,20 @@ import torch
 from safetensors.torch import load_file
 
 from danube_ray.artifacts import ArtifactError, read_json, read_json_lines
-from danube_ray.config import ConfigError, RunConfig
-from danube_ray.runtime.training import pretrain
-from danube_ray.train.checkpoint import MODEL, checkpoint_steps
+from danube_ray.config import ConfigError, FinetuneConfig, LoopConfig, RunConfig, to_dict
+from danube_ray.runtime.training import (
+    CHECKPOINT_BYTES,
+    check_settings,
+    pretrain,
+    require_room,
+    settings_identity,
+)
+from danube_ray.train.checkpoint import MODEL, checkpoint_folder, checkpoint_steps
 from danube_ray.train.context import LocalContext
 from danube_ray.train.loop import fit
 from danube_ray.train.metrics import METRICS
 from danube_ray.train.pretrain import PretrainTask
+from tests.models import tiny_model
 from tests.runtime.text import small_run, write_text
 
 pytestmark = pytest.mark.ray
@@ -123,8 +131,37 @@ def test_a_run_of_other_settings_or_data_is_not_gone_on_with(whole, tokens, tmp_
     )  # where and how often: the same run
 
 
+def test_lengths_that_fp8_does_not_take_are_one_error_before_work(tmp_path):
+    config = FinetuneConfig(
+        name="odd", base=str(tiny_model(tmp_path)), data="", max_length=185, loop=LoopConfig(precision="fp8-emulated")
+    )
+    with pytest.raises(ConfigError, match=r"^FinetuneConfig\.max_length is 185, allowed is a multiple of 16"):
+        check_settings(config, config.loop)
+    check_settings(dataclasses.replace(config, max_length=None), config.loop)
+
+
+def test_a_run_that_goes_on_needs_room_for_the_checkpoints_to_come_alone(tmp_path):
+    parameters = shutil.disk_usage(tmp_path).free // (3 * CHECKPOINT_BYTES)  # about three checkpoints fit
+    with pytest.raises(ArtifactError, match="keeping 3 checkpoints takes"):
+        require_room(tmp_path / "run", 3, parameters)
+    for step in (10, 20, 30):
+        checkpoint_folder(tmp_path / "run" / "checkpoints", step).mkdir(parents=True)
+    require_room(tmp_path / "run", 3, parameters)
+
+
+def test_a_source_may_be_called_like_a_setting_that_decides_nothing(tokens, tmp_path):
+    run = small_run(tokens, tmp_path, "called")
+
+    def sharing(**shares: int) -> dict:
+        stages = tuple(dataclasses.replace(stage, shares={"web": 1, **shares}) for stage in run.stages)
+        return settings_identity(to_dict(dataclasses.replace(run, stages=stages)))
+
+    assert sharing(name=2)["stages"][1]["shares"] == {"web": 1, "name": 2}
+    assert len({str(sharing(**{source: share})) for source in ("name", "kind", "data") for share in (1, 2)}) == 6
+
+
 def test_more_workers_than_the_cluster_has_is_one_error_before_any_starts(ray_session, tokens, tmp_path):
-    with pytest.raises(ConfigError, match="num_workers is 64, allowed is at most 3 on this cluster of 4 CPUs"):
+    with pytest.raises(ConfigError, match="num_workers is 64, allowed is at most 4 on this cluster of 4 CPUs"):
         pretrain(small_run(tokens, tmp_path, "crowd", num_workers=64))
 
 

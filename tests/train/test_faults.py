@@ -122,7 +122,10 @@ def test_a_spike_is_told_from_a_noisy_loss(tmp_path):
     resumed = BadSteps(settings, Events(tmp_path))
     resumed.remember(judge.recent)
     assert resumed.judge(43, 2.9, 1.0) == "skip" and 2.9 not in resumed.recent
-    assert "standard deviations above the recent" in read_json_lines(tmp_path / EVENTS)[0]["detail"]
+    detail = read_json_lines(tmp_path / EVENTS)[0]["detail"]
+    assert detail == "loss 2.9000, over 4 standard deviations of 0.1091 above the recent 2.0073"
+    resumed.remember([2.0] * 40)
+    assert resumed.judge(44, 2.1, 1.0) == "skip"  # of losses that were all the same, any rise is one
 
 
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_end(tmp_path):
@@ -158,6 +161,23 @@ def test_a_preemption_notice_saves_once_and_training_goes_on(tmp_path, monkeypat
 def test_milestones_outlive_the_newest(tmp_path):
     run(CountingTask(STEPS), tmp_path, checkpoint_every_steps=2, keep_checkpoints=1, milestone_every_steps=6)
     assert checkpoint.checkpoint_steps(tmp_path / "checkpoints") == [6, 12, STEPS]
+
+
+def test_a_damaged_checkpoint_never_outlives_a_good_one(tmp_path):
+    """The newest is damaged, and those after the restart come at other steps, before it."""
+    run(CountingTask(STEPS), tmp_path, checkpoint_every_steps=7, keep_checkpoints=2)
+    checkpoints = tmp_path / "checkpoints"
+    good, damaged = checkpoint.checkpoint_steps(checkpoints)
+    assert (good, damaged) == (7, STEPS)
+    (checkpoint.checkpoint_folder(checkpoints, damaged) / checkpoint.MODEL).write_bytes(b"not the weights")
+    left = []
+
+    class Looks(LocalContext):
+        def report(self, metrics):
+            left.append((checkpoint.checkpoint_steps(checkpoints), checkpoint.newest_verified(checkpoints).name))
+
+    fit(CountingTask(STEPS), tmp_path, dataclasses.replace(SETTINGS, keep_checkpoints=1), OPTIMIZER, Looks())
+    assert left == [([step], f"step-{step:08d}") for step in (8, 12, STEPS)]
 
 
 def test_a_checkpoint_that_can_not_be_written_ends_the_run_with_its_cause(tmp_path):

@@ -14,14 +14,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from danube_ray.config import BOS_ID, Fp8Scaling, OptimizerConfig, Precision
+from danube_ray.config import BOS_ID, Fp8Scaling, LoopConfig, OptimizerConfig, Precision
 from danube_ray.data.tokenizer import train_tokenizer
 from danube_ray.model.precision import autocast, convert, scaling_state
 from danube_ray.model.transformer import Transformer
 from danube_ray.presets import nano
+from danube_ray.train.context import LocalContext
 from danube_ray.train.losses import document_ids
 from danube_ray.train.optimizer import build_optimizer, learning_rate_at
+from danube_ray.train.step import accumulate
+from danube_ray.train.strategy import build_strategy
 from tests.models import SMALL
+from tests.train.counting import CountingTask
 
 CPU = torch.device("cpu")
 ROWS = torch.randint(0, SMALL.vocab_size, (4, 17), generator=torch.Generator().manual_seed(1))
@@ -93,6 +97,21 @@ def test_delayed_scales_are_the_same_on_every_rank(two_ranks: Path):
     for name in one.keys() - scales:
         error = (two[name] - one[name]).norm() / one[name].norm()
         assert error < 0.1, name
+
+
+def test_casts_are_kept_for_a_steps_micro_batches_and_not_for_the_next_step():
+    task, settings, context = CountingTask(micro_batch_size=2), LoopConfig(precision="fp8-emulated"), LocalContext()
+    context.device = CPU
+    trained, fresh = (
+        build_strategy(convert(task.build_model(), "fp8-emulated"), OptimizerConfig(), settings, context) for _ in "ab"
+    )
+    for step in range(2):
+        accumulate(task, trained, task.reader(step, 0, 1), step, settings, context)
+        trained.step(learning_rate=1e-2)
+    fresh.module.load_state_dict(trained.module.state_dict())
+    batch = task.reader(2, 0, 1)
+    found = [accumulate(task, each, batch, 2, settings, context) for each in (trained, fresh)]
+    assert found[0] == found[1]
 
 
 def losses_on_text(rows: Tensor, precision: Precision, scaling: Fp8Scaling | None, num_steps: int) -> list[float]:

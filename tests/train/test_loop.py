@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from danube_ray.artifacts import ArtifactError, read_json_lines
+from danube_ray.artifacts import ArtifactError, read_json, read_json_lines
 from danube_ray.train import checkpoint
+from danube_ray.train.build import build_module
 from danube_ray.train.context import LocalContext
 from danube_ray.train.faults import TrainingDiverged
 from danube_ray.train.loop import fit
@@ -70,15 +71,31 @@ def test_micro_batches_do_not_change_the_step(tmp_path):
             torch.testing.assert_close(weights(tmp_path / size)[name], expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("crash_at", [2, 4, 7, 9])
-def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, crash_at):
-    fit(CountingTask(), tmp_path / "whole", SETTINGS, OPTIMIZER, LocalContext())
+# Delayed FP8 scales look back, so they are a part of what a checkpoint must hold.
+DELAYED = dataclasses.replace(SETTINGS, precision="fp8-emulated", fp8_scaling="delayed")
+
+
+@pytest.mark.parametrize(
+    ("crash_at", "settings"), [(2, SETTINGS), (4, SETTINGS), (7, SETTINGS), (9, SETTINGS), (7, DELAYED)]
+)
+def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, crash_at, settings):
+    fit(CountingTask(), tmp_path / "whole", settings, OPTIMIZER, LocalContext())
     with pytest.raises(Crash):
-        fit(CountingTask(), tmp_path / "killed", SETTINGS, OPTIMIZER, CrashingContext(crash_at))
-    fit(CountingTask(), tmp_path / "killed", SETTINGS, OPTIMIZER, LocalContext())
+        fit(CountingTask(), tmp_path / "killed", settings, OPTIMIZER, CrashingContext(crash_at))
+    fit(CountingTask(), tmp_path / "killed", settings, OPTIMIZER, LocalContext())
     for name, expected in weights(tmp_path / "whole").items():
         assert torch.equal(weights(tmp_path / "killed")[name], expected), name
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+def test_a_model_that_a_checkpoint_will_fill_draws_no_weights():
+    """Drawing is what takes long in building: the generator stands where the seed put it."""
+    drawn = build_module(CountingTask(), SETTINGS, torch.device("cpu"))
+    torch.manual_seed(SETTINGS.seed)
+    state = torch.get_rng_state()
+    undrawn = build_module(CountingTask(), SETTINGS, torch.device("cpu"), drawn=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert undrawn.state_dict().keys() == drawn.state_dict().keys()
 
 
 def test_a_torn_or_damaged_checkpoint_is_passed_over(tmp_path):
@@ -93,6 +110,24 @@ def test_a_torn_or_damaged_checkpoint_is_passed_over(tmp_path):
     assert checkpoint.step_of(checkpoint.newest_verified(folder)) == 4
 
 
+def test_a_run_goes_on_in_the_precision_that_is_asked_for(tmp_path):
+    """Only a run that FP8's guard has brought to bf16 stays there."""
+    bf16 = dataclasses.replace(SETTINGS, precision="bf16")
+    with pytest.raises(Crash):
+        fit(CountingTask(), tmp_path, bf16, OPTIMIZER, CrashingContext(6))
+    fit(CountingTask(), tmp_path, SETTINGS, OPTIMIZER, LocalContext())
+    newest = checkpoint.newest_committed(tmp_path / "checkpoints")
+    assert newest is not None and read_json(newest / checkpoint.STATE)["precision"] == "fp32"
+
+
+def test_what_a_run_is_is_told_by_a_checkpoint_whose_state_can_be_read(tmp_path):
+    fit(CountingTask(), tmp_path, SETTINGS, OPTIMIZER, LocalContext())
+    steps = [checkpoint.checkpoint_folder(tmp_path / "checkpoints", step) for step in (8, 10)]
+    assert checkpoint.newest_committed(tmp_path / "checkpoints") == steps[1]
+    (steps[1] / checkpoint.STATE).write_text('{"step": 10, "ident')
+    assert checkpoint.newest_committed(tmp_path / "checkpoints") == steps[0]
+
+
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     settings = dataclasses.replace(SETTINGS, checkpoint_every_steps=2, keep_checkpoints=2)
     fit(CountingTask(), tmp_path, settings, OPTIMIZER, LocalContext())
@@ -105,6 +140,14 @@ def test_a_checkpoint_of_another_plan_is_refused_with_the_first_field_that_diffe
     other.stride = 5
     with pytest.raises(ArtifactError, match=r"plan\.stride = 3, this run has 5: give this run another name"):
         fit(other, tmp_path, SETTINGS, OPTIMIZER, LocalContext())
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_parameters_that_differ(tmp_path):
+    weights = {name: torch.ones(1) for name in ("a", "b")}
+    folder = checkpoint.write(tmp_path, checkpoint.Snapshot(weights, weights, {}, {"step": 1}))
+    assert checkpoint.read(folder, {"a", "b"}).weights.keys() == {"a", "b"}
+    with pytest.raises(ArtifactError, match=r"holds other parameters than the model, such as b, c$"):
+        checkpoint.read(folder, {"a", "c"})
 
 
 def test_a_loss_that_is_no_number_stops_the_run_with_its_step(tmp_path):

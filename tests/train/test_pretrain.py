@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from danube_ray.artifacts import ArtifactError, write_json
+from danube_ray.cli.console import stored_run
 from danube_ray.config import ConfigError, RunConfig, to_dict
 from danube_ray.data.shards import write_tokens
 from danube_ray.model.huggingface import export_model, load_config
 from danube_ray.model.transformer import Transformer
 from danube_ray.train.context import LocalContext
-from danube_ray.train.export import export_checkpoint, model_of_run
+from danube_ray.train.export import export_checkpoint
 from danube_ray.train.loop import fit
 from danube_ray.train.pretrain import PretrainTask
 from tests.models import tiny_tokenizer
@@ -118,9 +119,9 @@ def test_the_exported_model_has_the_last_stages_window_and_base(run: RunConfig, 
     run = dataclasses.replace(run, model=dataclasses.replace(MODEL, sliding_window=8))
     folder = tmp_path / run.name
     write_json(folder / "config.json", {**to_dict(run), "kind": "pretrain"})
-    assert model_of_run(folder) == run.final_model == dataclasses.replace(MODEL, sliding_window=16)
+    assert stored_run(folder).final_model == run.final_model == dataclasses.replace(MODEL, sliding_window=16)
     checkpoint = fit(PretrainTask(run), folder, run.loop, run.optimizer, LocalContext()).checkpoint
-    out = export_checkpoint(checkpoint, model_of_run(folder), tiny_tokenizer(tmp_path / "tok"), tmp_path / "model")
+    out = export_checkpoint(checkpoint, run.final_model, tiny_tokenizer(tmp_path / "tok"), tmp_path / "model")
     assert load_config(out) == run.final_model
 
 

@@ -79,6 +79,24 @@ def test_the_rank_that_hangs_is_named_and_the_others_do_not_wait_for_ever(tmp_pa
     assert "accumulate" in (tmp_path / "hang-rank-0.txt").read_text()  # the stack of the loop's thread
 
 
+LONE = """
+import sys, threading
+from pathlib import Path
+from danube_ray.train.watchdog import Watchdog
+
+with Watchdog(Path(sys.argv[1]), rank=0, world_size=1, timeout_s=1.0) as watchdog:
+    watchdog._note_file(0).unlink()
+    watchdog._note_file(0).parent.rmdir()
+    watchdog._note_file(0).parent.write_text("no folder any more")
+    threading.Event().wait()
+"""
+
+
+def test_a_rank_that_hangs_where_nothing_can_be_written_is_ended_too(tmp_path: Path):
+    ended = subprocess.run([sys.executable, "-c", LONE, str(tmp_path)], stderr=subprocess.PIPE, text=True, timeout=60)
+    assert ended.returncode == EXIT_HANGING, ended.stderr[-2000:]
+
+
 def free_port(folder: Path) -> int:
     """One port for both ranks: chosen once, kept in a file."""
     import socket

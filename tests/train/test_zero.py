@@ -10,6 +10,7 @@ import dataclasses
 import math
 import multiprocessing
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -185,7 +186,24 @@ def run_prepared(context: Context, folder: Path) -> None:
             write(context, folder, f"{parallelism}-{prepare.__name__}", {**curves, **kept(strategy, context)})
 
 
+def run_waiting(context: Context, folder: Path) -> None:
+    """Rank 1's forward pass takes half a second longer: rank 0 waits for its gradients, and not the other way round."""
+
+    class LateTask(CountingTask):
+        def loss(self, model, batch):
+            threading.Event().wait(0.5 * context.rank)
+            return super().loss(model, batch)
+
+    for parallelism in ("ddp", "zero1", "zero2"):
+        strategy = make(parallelism, context)
+        batch = TASK.reader(0, context.rank, context.world_size)
+        accumulate(LateTask(STEPS, micro_batch_size=3), strategy, batch, 0, SETTINGS, context)
+        waited_s = torch.tensor([strategy.communication_s()])
+        save_file({"waited_s": waited_s}, folder / f"{parallelism}-waiting-{context.rank}.safetensors")
+
+
 def two_ranks(context: Context, folder: Path) -> None:
+    run_waiting(context, folder)
     run_whole(context, folder)
     run_resumed(context, folder)
     run_discarding(context, folder)
@@ -287,6 +305,13 @@ def test_autocast_around_the_forward_pass_holds_inside(folder, parallelism):
     found, expected = (load_file(folder / f"{name}-bf16.safetensors")["losses"] for name in (parallelism, "ddp"))
     assert found[0] == expected[0] != load_file(folder / f"ddp-{STEPS}.safetensors")["losses"][0]
     assert found[1] == pytest.approx(expected[1].item(), abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallelism", ["ddp", "zero1", "zero2"])
+def test_a_rank_knows_how_long_it_waited_for_the_others_gradients(folder, parallelism):
+    early, late = (load_file(folder / f"{parallelism}-waiting-{rank}.safetensors")["waited_s"] for rank in (0, 1))
+    assert early > 0.4 and late < 0.3
 
 
 @pytest.mark.slow
