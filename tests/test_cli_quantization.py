@@ -67,18 +67,34 @@ def test_an_estimate_of_some_levels_and_another_context(capsys, model):
         (["--text", "TEXT", "--calibration", "TEXT"], "another text than --text"),
         (["--imatrix", "TEXT", "--calibration", "TEXT"], "--imatrix and --calibration is 'both'"),
         (["--text", "TEXT", "--context", "257"], "2 to 256, which llama.cpp can use"),
+        (["--estimate", "--context", "257"], "2 to 256, which llama.cpp can use"),
         (["--text", "TEXT", "--num-tokens", "1"], "at least 2"),
         (["--tasks", "arc=/nowhere"], "a path that exists"),
         (["--threads", "-1"], "0 or more"),
+        (["--imatrix", "TEXT"], "a whole GGUF file by llama-imatrix or danube"),
+        (["--calibration", "/nowhere"], "a file or folder that exists"),
+        (["--out", "TEXT"], "File exists"),
+        (["--out", "TEXT/gguf"], "Not a directory"),
     ],
 )
 def test_a_mistake_is_one_error_before_work_starts(capsys, model, text, tmp_path, options, said, monkeypatch):
     monkeypatch.setattr("danube_ray.runtime.session.ray.init", None)
     out = tmp_path / "out"
-    options = [str(text) if option == "TEXT" else option for option in options]
-    status, told = run(capsys, str(model), *options, "--out", str(out))
+    options = [option.replace("TEXT", str(text)) for option in options]
+    status, told = run(capsys, str(model), "--out", str(out), *options)
     assert status == 2 and said in told
     assert not out.exists()
+
+
+@pytest.mark.parametrize("lost", ["model.safetensors", "tokenizer.*"])
+def test_a_folder_that_lacks_a_part_is_an_error_before_work_starts(capsys, model, tmp_path, lost, monkeypatch):
+    monkeypatch.setattr("danube_ray.runtime.session.ray.init", None)
+    folder = shutil.copytree(model, tmp_path / "model")
+    for file in folder.glob(lost):
+        file.unlink()
+    status, told = run(capsys, str(folder), "--out", str(tmp_path / "out"))
+    assert status == 2 and lost.rstrip("*") in told
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_no_model_is_named(capsys, tmp_path):

@@ -22,6 +22,8 @@ from danube_ray.config import ModelConfig, require
 from danube_ray.report.units import size
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from danube_ray.quantize.estimate import LevelSize
     from danube_ray.quantize.levels import Level
     from danube_ray.quantize.table import Row
@@ -42,10 +44,10 @@ def quantize(
     threads: int = 0,
     out: Path = Path("runs/gguf"),
 ) -> None:
-    """Write GGUF files of a model and the table of what each level costs, or pick a level by its size or divergence.
+    """Write GGUF files of a model, and what each level costs.
 
-    Quality is measured against the float model, on --tokens or --text; without them files are made and timed. A level
-    that is there already is neither made nor measured again.
+    Or pick a level by its size or divergence. Quality is measured against the float model, on --tokens or --text;
+    without them files are made and timed. A level that is there already is neither made nor measured again.
 
     Args:
         model: a Hugging Face folder, Llama or Mistral; for --estimate also the name of a preset.
@@ -71,10 +73,13 @@ def quantize(
     require(imatrix is None or calibration is None, "--imatrix and --calibration", "both", "one of them")
     require(threads >= 0, "--threads", threads, "0 or more")
     config, tied = model_of(model)
+    longest = config.usable_context
+    allowed = f"2 to {longest}, which llama.cpp can use of this model"
+    require(on.context is None or on.context <= longest, "--context", on.context, allowed)
     facts = {"tied_embeddings": tied, "with_importance": bool(imatrix or calibration)}
     sizes = estimated(config, offered, context=on.context, **facts)
     if estimate:
-        print_estimate(model, sizes, on.context or config.usable_context)
+        print_estimate(model, sizes, on.context or longest)
         return
     target_bytes = parse_size(target_size) if target_size else 0
     fits = fitting(sizes, target_bytes) if target_size else []
@@ -96,10 +101,10 @@ def quantize(
 def tell(out: Path, on: Comparison, chosen: str) -> None:
     """The table, which level was chosen and why, and where the report lies."""
     from danube_ray.cli.levels import print_table
-    from danube_ray.quantize.table import TABLE
-    from danube_ray.report import write_report
+    from danube_ray.report.page import write_report
+    from danube_ray.report.run import QUANTIZATION
 
-    print_table(read_json(out / TABLE))
+    print_table(read_json(out / QUANTIZATION))
     if on.place is None:
         console.print("[dim]--text FILE or --tokens FOLDER adds what each level costs in quality[/dim]")
     if chosen:
@@ -118,15 +123,21 @@ def bench(
     out: Path,
 ) -> Iterator[Bench]:
     """A cluster, progress bars, and what makes and measures levels there; what is wrong is said before it starts."""
+    from danube_ray.quantize.gguf import require_convertible
+    from danube_ray.quantize.imatrix import ImportanceMatrix
     from danube_ray.runtime.measuring import Meter
     from danube_ray.runtime.session import session
 
     require((folder / "config.json").is_file(), "model", str(folder), "a Hugging Face folder; a preset has no weights")
     material = on.material(folder, config)
+    ids = read_ids(calibration, folder, CALIBRATION_TOKENS, held_out=False) if calibration else None
+    require_convertible(folder, ImportanceMatrix.read(imatrix) if imatrix else None)
+    out.mkdir(parents=True, exist_ok=True)
+    require(os.access(out, os.W_OK), "--out", str(out), "a folder that can be written")
     num_threads = threads or len(os.sched_getaffinity(0))
-    with session(), progress() as on_progress:
-        if calibration is not None:
-            imatrix = gather(folder, config, calibration, out, num_threads, on_progress)
+    with session(num_threads), progress() as on_progress:
+        if ids is not None:
+            imatrix = gather(folder, config, ids, str(calibration), out, num_threads, on_progress)
         yield Bench(folder, out, imatrix, Meter(folder, out, material, num_threads, on_progress), on_progress)
 
 
@@ -190,18 +201,23 @@ class Bench:
 
 
 def gather(
-    folder: Path, config: ModelConfig, calibration: Path, out: Path, num_threads: int, on_progress: OnProgress
+    folder: Path,
+    config: ModelConfig,
+    ids: np.ndarray,
+    dataset: str,
+    out: Path,
+    num_threads: int,
+    on_progress: OnProgress,
 ) -> Path:
-    """The importance matrix on `calibration`, beside the files; one that is there from the same inputs is taken."""
+    """The importance matrix on `ids`, beside the files; one that is there from the same inputs is taken."""
     from danube_ray.runtime.quantization import gather_imatrix
 
-    ids = read_ids(calibration, folder, CALIBRATION_TOKENS, held_out=False)
     weights = {path.name: file_hash(path) for path in sorted(folder.glob("*.safetensors"))}
     context = min(DEFAULT_CONTEXT, config.usable_context)
     file = out / f"imatrix-{content_hash([weights, ids.tolist(), context])[:12]}.gguf"
     if not file.is_file():
         on_progress("gathering the importance matrix", 0, 1)
-        gather_imatrix(folder, ids, file, dataset=str(calibration), context=context, num_threads=num_threads)
+        gather_imatrix(folder, ids, file, dataset=dataset, context=context, num_threads=num_threads)
         on_progress("gathering the importance matrix", 1, 1)
     return file
 

@@ -30,7 +30,7 @@ class Usage:
 
 @dataclass
 class ChatServer:
-    """A server at `url` (without /v1). The key is the environment's OPENAI_API_KEY unless one is given.
+    """A server at `url`, with or without /v1. The key is the environment's OPENAI_API_KEY unless one is given.
 
     Every method raises `ConfigError` with the server's own words when it refuses a request or can't be reached.
     """
@@ -44,7 +44,8 @@ class ChatServer:
         from openai import OpenAI  # a second of imports: paid by who chats
 
         key = self.api_key or os.environ.get(KEY_VARIABLE) or "none"  # the client insists on one
-        self._client = OpenAI(base_url=f"{self.url.rstrip('/')}/v1", api_key=key, timeout=self.timeout_s)
+        base_url = f"{self.url.rstrip('/').removesuffix('/v1')}/v1"
+        self._client = OpenAI(base_url=base_url, api_key=key, timeout=self.timeout_s)
 
     def models(self) -> list[str]:
         """The names it serves."""

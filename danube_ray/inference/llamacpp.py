@@ -52,6 +52,7 @@ class Batch(ctypes.Structure):
 
 SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "ggml_quantize_chunk": (c_size_t, [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
+    "ggml_validate_row_data": (c_bool, [c_int, c_void_p, c_size_t]),
     "llama_backend_init": (None, []),
     "llama_log_set": (None, [LOG_CALLBACK, c_void_p]),
     "llama_model_default_params": (ModelParams, []),
@@ -68,11 +69,8 @@ SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "llama_token_to_piece": (c_int32, [c_void_p, c_int32, c_char_p, c_int32, c_int32, c_bool]),
     "llama_init_from_model": (c_void_p, [c_void_p, ContextParams]),
     "llama_free": (None, [c_void_p]),
-    "llama_n_ctx": (c_uint32, [c_void_p]),
-    "llama_n_batch": (c_uint32, [c_void_p]),
     "llama_set_n_threads": (None, [c_void_p, c_int32, c_int32]),
     "llama_get_memory": (c_void_p, [c_void_p]),
-    "llama_memory_clear": (None, [c_void_p, c_bool]),
     "llama_memory_seq_rm": (c_bool, [c_void_p, c_int32, c_int32, c_int32]),
     "llama_set_adapters_lora": (c_int32, [c_void_p, POINTER(c_void_p), c_size_t, POINTER(c_float)]),
     "llama_set_embeddings": (None, [c_void_p, c_bool]),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -30,25 +30,45 @@ OTHER_KINDS = (
 )
 
 
-def convert_adapter(adapter_folder: Path, model: Path, out_file: Path) -> Path:
-    """Write `out_file` from the PEFT folder of an adapter to `model`, a GGUF file at any level; returns it.
+def convert_adapters(adapters: Mapping[str, Path], model: Path, out_folder: Path) -> dict[str, Path]:
+    """Write `out_folder/NAME.gguf` from each PEFT folder of an adapter to `model`, a GGUF file at any level.
 
-    `ConfigError` when the folder is none, damaged, of another kind than plain LoRA, or of another model. The file
-    appears under its name only when it is whole.
+    `ConfigError` when a folder is none, damaged, of another kind than plain LoRA, or of another model. Files appear
+    under their names only when they are whole.
     """
-    alpha, rank = _settings(adapter_folder / CONFIG)
-    header = _Header(model)
-    tensors = {}
-    for name, (a, b) in _pairs(adapter_folder / WEIGHTS, header.num_layers).items():
-        found, wanted = (*b.shape, *a.shape), header.shapes.get(name)
-        fits = wanted is not None and found == (wanted[0], rank, rank, wanted[1])
-        allowed = "no such weight in the model" if wanted is None else f"{(wanted[0], rank)} and {(rank, wanted[1])}"
-        require(fits, f"B and A for {name} of {adapter_folder}", (b.shape, a.shape), allowed, "name its own model")
-        finite = bool(np.isfinite(a).all() and np.isfinite(b).all())
-        require(finite, f"adapter weights for {name}", "not finite", "finite numbers", "the adapter is broken")
-        tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = a, header.in_llama_cpps_order(name, b)
-    _write(out_file, alpha, tensors)
-    return out_file
+    files = {name: out_folder / f"{name}.gguf" for name in adapters}
+    for name, alpha, tensors in _read(adapters, model):
+        _write(files[name], alpha, tensors)
+    return files
+
+
+def convert_adapter(adapter_folder: Path, model: Path, out_file: Path) -> Path:
+    """Write `out_file` alone, which ends in .gguf."""
+    return convert_adapters({out_file.stem: adapter_folder}, model, out_file.parent)[out_file.stem]
+
+
+def check_adapters(adapters: Mapping[str, Path], model: Path) -> None:
+    """Raise the `ConfigError` that `convert_adapters` would, and write nothing."""
+    for _ in _read(adapters, model):
+        pass
+
+
+def _read(adapters: Mapping[str, Path], model: Path) -> Iterator[tuple[str, float, dict[str, np.ndarray]]]:
+    """Of each adapter its name, alpha as llama.cpp takes it, and its tensors by llama.cpp's names."""
+    header = _Header(model) if adapters else None  # a second of work, for all of them
+    for name, folder in adapters.items():
+        assert header is not None
+        alpha, rank = lora_settings(folder)
+        tensors = {}
+        for weight, (a, b) in _pairs(folder / WEIGHTS, header.num_layers).items():
+            found, wanted = (*b.shape, *a.shape), header.shapes.get(weight)
+            fits = wanted is not None and found == (wanted[0], rank, rank, wanted[1])
+            allowed = f"{(wanted[0], rank)} and {(rank, wanted[1])}" if wanted else "no such weight in the model"
+            require(fits, f"B and A for {weight} of {folder}", (b.shape, a.shape), allowed, "name its own model")
+            finite = bool(np.isfinite(a).all() and np.isfinite(b).all())
+            require(finite, f"adapter weights for {weight}", "not finite", "finite numbers", "the adapter is broken")
+            tensors[f"{weight}.lora_a"], tensors[f"{weight}.lora_b"] = a, header.in_llama_cpps_order(weight, b)
+        yield name, alpha, tensors
 
 
 class _Header:
@@ -76,8 +96,12 @@ class _Header:
         return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows.shape))
 
 
-def _settings(path: Path) -> tuple[float, int]:
-    """Alpha as llama.cpp divides it by the rank, and the rank."""
+def lora_settings(folder: Path) -> tuple[float, int]:
+    """Alpha as llama.cpp divides it by the rank, and the rank, of a PEFT folder; `ConfigError` unless it is plain LoRA.
+
+    vLLM can no more than llama.cpp, but passes over settings that it doesn't know.
+    """
+    path = folder / CONFIG
     try:
         read = read_json(path)
     except (ArtifactError, UnicodeDecodeError) as error:
@@ -87,7 +111,7 @@ def _settings(path: Path) -> tuple[float, int]:
     require(config.get("bias", "none") == "none", f"bias in {path}", config.get("bias"), "none")
     for key in OTHER_KINDS:
         remedy = "merge the adapter into its model, and convert that"
-        require(not config.get(key), f"{key} in {path}", config.get(key), "nothing: llama.cpp has plain LoRA", remedy)
+        require(not config.get(key), f"{key} in {path}", config.get(key), "nothing: engines have plain LoRA", remedy)
     rank: Any = config.get("r")
     alpha: Any = config.get("lora_alpha")
     require(isinstance(rank, int) and rank > 0, f"r in {path}", rank, "a positive number")

@@ -22,15 +22,14 @@ from pathlib import Path
 import numpy as np
 from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
 from gguf import GGMLQuantizationType as Type
-from safetensors import SafetensorError, safe_open
 
 from danube_ray.artifacts import read_json, require_space
-from danube_ray.config import ConfigError, ModelConfig, require
-from danube_ray.inference.llamacpp import library
+from danube_ray.config import ModelConfig, require
 from danube_ray.model.huggingface import EMBEDDING, HEAD, INDEX, WEIGHTS, check_weights, load_config
 from danube_ray.quantize.header import llama3_factors, rope_settings, write_header
 from danube_ray.quantize.imatrix import ImportanceMatrix
 from danube_ray.quantize.levels import Level, check_level, size_bytes, tensor_shapes, tensor_types
+from danube_ray.quantize.spans import Span, Target, Weights, unread_weights, write_span
 
 SPAN_WEIGHTS = 8 * 2**20  # of one span: 32 MiB as float32, two seconds of a core at the slowest type
 ROPE_FACTORS = "rope_freqs.weight"
@@ -52,39 +51,6 @@ class GgufFacts:
     bits_per_weight: float  # over the tensors, header and vocabulary left out
     histogram: dict[str, int]  # type -> number of tensors
     fallbacks: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where the bytes of a tensor start in one file, and of which type they are."""
-
-    file: Path
-    offset: int
-    kind: Type
-
-
-@dataclass(frozen=True)
-class Span:
-    """Some rows of one tensor, where they are read and where they go."""
-
-    name: str
-    source: Path
-    key: str
-    first_row: int
-    num_rows: int
-    num_columns: int
-    head_rows: int  # rows of a head of queries or keys, which change places; else 0
-    importance: np.ndarray | None  # (columns,) float32
-    targets: tuple[Target, ...]
-
-
-@dataclass(frozen=True)
-class Weights:
-    """One tensor of a Hugging Face folder, unread."""
-
-    source: Path
-    key: str
-    shape: tuple[int, ...]
 
 
 @dataclass
@@ -111,6 +77,12 @@ def convert(
     return conversion.facts[level]
 
 
+def require_convertible(model_folder: Path, importance: ImportanceMatrix | None = None) -> None:
+    """Raise the `ConfigError` that converting would, but for weights that are not finite. Nothing is written."""
+    config, _, _ = _unread_model(model_folder, importance)
+    write_header(GGUFWriter(None, "llama"), model_folder, config, "F16", importance)  # kept in memory
+
+
 @contextmanager
 def converting(
     model_folder: Path, files: Mapping[Level, Path], importance: ImportanceMatrix | None = None
@@ -118,16 +90,15 @@ def converting(
     """Files for several levels, open for the spans of the block; they get their names when it ends well.
 
     An error in the block, or `ConfigError` for a folder that can't be used, leaves what was there before. The folders
-    of `files` must be on a disk that all who write spans see.
+    of `files` must be on a disk that all who write spans see, and have no other conversion to these names under way.
     """
-    config = load_config(model_folder, any_rope=True)
-    weights, tied = _weights(model_folder, config)
-    if importance:
-        importance.require_of(config, tied)
+    config, weights, tied = _unread_model(model_folder, importance)
     with ExitStack() as stack:
         opened = {}
         for level, path in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
+            for torn in path.parent.glob(f".{path.name}.*"):  # what a conversion that was killed has left
+                torn.unlink()
             descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
             os.close(descriptor)
             stack.callback(Path(temporary).unlink, missing_ok=True)
@@ -190,7 +161,7 @@ def _open_file(
         offset += sizes[name]
     os.truncate(path, GGUFWriter.ggml_pad(offset, writer.data_alignment))
     if factors is not None:
-        _write_at(targets[ROPE_FACTORS], 0, factors)
+        targets[ROPE_FACTORS].write(0, factors)
     return OpenFile(path, targets, shapes, tuple(name for name, (_, fell_back) in types.items() if fell_back))
 
 
@@ -200,29 +171,31 @@ def _in_order(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     return {**{name: shapes[name] for name in outside}, **shapes}
 
 
-def _weights(model_folder: Path, config: ModelConfig) -> tuple[dict[str, Weights], bool]:
-    """Every weight of the folder's safetensors files by GGUF's name, unread, and whether the embeddings are the head.
+def _unread_model(
+    model_folder: Path, importance: ImportanceMatrix | None
+) -> tuple[ModelConfig, dict[str, Weights], bool]:
+    """The model's shape, every weight by GGUF's name, and whether the embeddings are the head.
 
-    A sharded model's index says which files are the model.
+    A sharded model's index says which of the folder's safetensors files are the model.
     """
+    config = load_config(model_folder, any_rope=True)
     index = model_folder / INDEX
     found: dict[str, Weights] = {}
     for file in sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [WEIGHTS]:
         path = (model_folder / file).resolve()
         require(path.is_file(), "weights of the model", str(path), "a safetensors file that is there")
-        try:
-            with safe_open(path, framework="pt") as handle:
-                for key in handle.keys():  # noqa: SIM118 (not a mapping)
-                    if not key.endswith("rotary_emb.inv_freq"):  # computed by every reader; old exports stored it
-                        found[key] = Weights(path, key, tuple(handle.get_slice(key).get_shape()))
-        except SafetensorError as error:
-            raise ConfigError("weights of the model", str(path), f"a whole safetensors file ({error})") from None
+        for key, weights in unread_weights(path).items():
+            if not key.endswith("rotary_emb.inv_freq"):  # computed by every reader; old exports stored it
+                found[key] = weights
     tied = HEAD not in found and bool(read_json(model_folder / "config.json").get("tie_word_embeddings"))
     shapes = {key: weights.shape for key, weights in found.items()}
     head = {HEAD: shapes.get(EMBEDDING, ())} if tied else {}  # llama.cpp takes the embeddings where no head is
     check_weights({**head, **shapes}, config, str(model_folder))
+    if importance:
+        importance.require_of(config, tied)
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_layers)
-    return {str(names.get_name(key, try_suffixes=(".weight",))): weights for key, weights in found.items()}, tied
+    by_name = {str(names.get_name(key, try_suffixes=(".weight",))): weights for key, weights in found.items()}
+    return config, by_name, tied
 
 
 def _spans(
@@ -231,61 +204,14 @@ def _spans(
     """All rows of all tensors in spans of about `SPAN_WEIGHTS`, the largest first; heads are not cut."""
     spans = []
     for name, found in weights.items():
-        rows, columns = found.shape if len(found.shape) == 2 else (1, found.shape[0])
         head_rows = config.head_dim if name.split(".")[-2] in ("attn_q", "attn_k") else 0
         unit = head_rows or 1
-        step = max(1, SPAN_WEIGHTS // (unit * columns)) * unit
+        step = max(1, SPAN_WEIGHTS // (unit * found.columns)) * unit
         targets = tuple(file.targets[name] for file in files)
         scale = importance.weights(name) if importance else None
-        for first in range(0, rows, step):
-            count = min(step, rows - first)
-            spans.append(Span(name, found.source, found.key, first, count, columns, head_rows, scale, targets))
-    return sorted(spans, key=lambda span: -span.num_rows * span.num_columns)
-
-
-def write_span(span: Span) -> None:
-    """Read the rows of a span, and write them to every file at its type; a type that several want is computed once.
-
-    `ConfigError` when a weight is not finite, or too large for a type.
-    """
-    with safe_open(span.source, framework="pt") as handle:
-        part = handle.get_slice(span.key)
-        flat = len(part.get_shape()) == 1
-        weight = (part[:] if flat else part[span.first_row : span.first_row + span.num_rows]).float().numpy()
-    if not np.isfinite(weight).all():
-        raise ConfigError(f"weights of {span.name}", "not finite", "finite numbers", "the model is broken")
-    if span.head_rows:  # from halves that rotate together to llama.cpp's neighbours
-        weight = weight.reshape(-1, 2, span.head_rows // 2, span.num_columns).swapaxes(1, 2)
-    rows = np.ascontiguousarray(weight).reshape(span.num_rows, span.num_columns)
-    for kind in {target.kind for target in span.targets}:
-        data = quantize(rows, kind, span.importance)
-        for target in span.targets:
-            if target.kind == kind:
-                _write_at(target, span.first_row * data.nbytes // len(rows), data)
-
-
-def _write_at(target: Target, start_bytes: int, data: np.ndarray) -> None:
-    with target.file.open("r+b") as file:
-        file.seek(target.offset + start_bytes)
-        file.write(data.data)
-
-
-def quantize(weight: np.ndarray, kind: Type, importance: np.ndarray | None = None) -> np.ndarray:
-    """Float32 `weight` (rows, columns) in a type's bytes, (rows, bytes) uint8, by llama.cpp's own code.
-
-    `importance` (columns,) float32 is what rounding weighs the error of each column by. `ConfigError` for weights that
-    float16 can't hold.
-    """
-    rows, columns = weight.shape
-    out = np.empty((rows, size_bytes(kind, columns)), np.uint8)
-    scale = None if importance is None else importance.ctypes.data
-    if kind == Type.F16:
-        largest = float(np.abs(weight).max())
-        require(largest <= 65504, "largest weight at F16", largest, "at most 65504", "BF16 holds it")
-    written = library().ggml_quantize_chunk(int(kind), weight.ctypes.data, out.ctypes.data, 0, rows, columns, scale)
-    if written != out.nbytes:
-        raise RuntimeError(f"llama.cpp wrote {written} bytes of {out.nbytes} as {kind.name}")
-    return out
+        for first in range(0, found.rows, step):
+            spans.append(Span(name, found, first, min(step, found.rows - first), head_rows, scale, targets))
+    return sorted(spans, key=lambda span: -span.num_weights)
 
 
 def copy_tokenizer(model_folder: Path, out_dir: Path) -> None:

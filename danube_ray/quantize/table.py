@@ -1,7 +1,8 @@
 """The table of levels: what a row says, how rows are ordered, and which level answers a limit on size or divergence.
 
 `quantization.json` is a list of rows, largest file first. A row has what the file is:
-`level`, `file`, `bytes`, `bits_per_weight`, `types` (tensors of each type), `fallbacks` (names), `sha256`, `inputs`;
+`level`, `file`, `bytes`, `bits_per_weight`, `types` (tensors of each type), `fallbacks` (names), `sha256`, `inputs`
+(the hash of all that made it), `model` (of the float model), `imatrix` (the importance matrix's name, or null);
 and, where it was measured, what the level costs:
 - the fields of `Divergence` (KL divergence in nats from the float32 model, same top, perplexity, and their errors);
 - the fields of `Speed`, on the machine that measured;
@@ -26,7 +27,6 @@ from danube_ray.quantize.levels import LEVELS, Level
 from danube_ray.report.units import size
 
 Row = dict[str, Any]
-TABLE = "quantization.json"
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

@@ -7,7 +7,8 @@ GPT-2), whose way to split text llama.cpp knows by name. Rows of the embedding t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from sentencepiece import SentencePieceProcessor
 
 from danube_ray.artifacts import read_json
 from danube_ray.config import ConfigError, require
+from danube_ray.data.tokenizer import SPACE, model_format
 
-SPACE = "\u2581"
 LAST = -1e9  # a score that every other goes before
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
@@ -48,7 +49,7 @@ def write_vocabulary(writer: GGUFWriter, model_folder: Path, vocab_size: int) ->
 
 def _write_sentencepiece(writer: GGUFWriter, model_folder: Path, vocab_size: int) -> None:
     model_file = model_folder / "tokenizer.model"
-    pieces = SentencePieceProcessor(model_file=str(model_file))
+    pieces = _sentencepiece(model_file)
     marks = (pieces.unk_id(), pieces.bos_id(), pieces.eos_id())
     require(min(marks) >= 0, f"ids of <unk>, <s> and </s> in {model_file}", marks, "pieces of the vocabulary")
 
@@ -68,6 +69,21 @@ def _write_sentencepiece(writer: GGUFWriter, model_folder: Path, vocab_size: int
     _write_llama_style(writer, pieces.encode("a", out_type=str), *marks)
 
 
+def _sentencepiece(model_file: Path) -> SentencePieceProcessor:
+    """The tokenizer; `ConfigError` when it is torn, or does what llama.cpp does not: unigrams, or a normalised text."""
+    try:
+        pieces = SentencePieceProcessor(model_file=str(model_file))
+    except (RuntimeError, OSError) as error:
+        raise ConfigError("tokenizer", str(model_file), f"a whole sentencepiece model ({error})") from None
+    model = model_format.ModelProto.FromString(pieces.serialized_model_proto())
+    kind = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}[model.trainer_spec.model_type]
+    require(kind == "BPE", f"type of {model_file}", kind, "'BPE', the one that llama.cpp computes")
+    changes = model.normalizer_spec.precompiled_charsmap or model.normalizer_spec.remove_extra_whitespaces
+    name = model.normalizer_spec.name
+    require(not changes, f"normalizer of {model_file}", name, "identity with all spaces kept, as llama.cpp has it")
+    return pieces
+
+
 def _write_bpe(writer: GGUFWriter, model_folder: Path, vocab_size: int) -> None:
     path = model_folder / "tokenizer.json"
     read = read_json(path)
@@ -78,13 +94,15 @@ def _write_bpe(writer: GGUFWriter, model_folder: Path, vocab_size: int) -> None:
     fast = tokenizers.Tokenizer.from_file(str(path))
     bos, eos = _mark(model_folder, fast, "bos"), _mark(model_folder, fast, "eos")
     steps = _steps(read["pre_tokenizer"])
+    added_tokens = read.get("added_tokens", [])
     added = {
         token["id"]: (token["content"], LAST, TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED)
-        for token in read.get("added_tokens", [])
+        for token in added_tokens
         if token["id"] < vocab_size  # some name one that the embeddings have no row for
     }
     if model.get("byte_fallback"):
         _require_plain_spaces(read, path, remedy)
+        _require_every_pair(merges, model["vocab"].keys() - {token["content"] for token in added_tokens}, path, remedy)
         for rank in range(len(merges) - 1, -1, -1):  # a piece that several pairs make has the score of the first
             joined = "".join(merges[rank])
             pieces[model["vocab"][joined]] = (joined, -float(rank), TokenType.NORMAL)
@@ -177,6 +195,20 @@ def _require_plain_spaces(read: dict[str, Any], path: Path, remedy: str) -> None
     split = read["pre_tokenizer"]
     whole = split is None or (split["type"] == "Metaspace" and split.get("split") is False)
     require(whole and not before, f"normalizer of {path}", before or split, "spaces written as U+2581, no more", remedy)
+
+
+def _require_every_pair(merges: Sequence[tuple[str, ...]], pieces: Set[str], path: Path, remedy: str) -> None:
+    """`ConfigError` unless any two pieces that make a third are merged, one rank after the other for each third.
+
+    Sentencepiece and llama.cpp join whatever makes a piece, by the piece's score; `tokenizers` joins listed pairs only.
+    """
+    known, texts = set(merges), ["".join(pair) for pair in merges]
+    splits = ((text[:at], text[at:]) for text in pieces if not _is_byte(text) for at in range(1, len(text)))
+    left_out = next((pair for pair in splits if pair not in known and pieces >= set(pair)), None)
+    ranks = len([text for text, _ in groupby(texts)])
+    alike = left_out is None and ranks == len(set(texts))
+    found = "pairs of a piece far apart" if left_out is None else f"no {left_out}"
+    require(alike, f"merges of {path}", found, "those that sentencepiece would make", remedy)
 
 
 def _is_byte(text: str) -> bool:

@@ -36,6 +36,7 @@ def quantization(rows: Sequence[Row]) -> dict[str, Any]:
         "judged": judged,
         "threads": sorted({row["speed_threads"] for row in rows if row.get("speed_threads")}),
         "fallbacks": [(row["level"], len(row["fallbacks"])) for row in ranked if row.get("fallbacks")],
+        "spared": [row["level"] for row in ranked if row.get("imatrix")],
         "figure": size_against_divergence(judged) if len(judged) > 1 else None,
         "scores": [{"level": row["level"], **task} for row in ranked for task in row.get("tasks") or ()],
         "far": [{"level": row["level"], **row["long_context"]} for row in far],

@@ -116,7 +116,7 @@ def read_run(folder: Path) -> RunArtifacts:
         results=results,
         perplexity=perplexity,
         quantization=optional(folder / "gguf" / QUANTIZATION, []) or optional(folder / QUANTIZATION, []),
-        trials=optional(folder / "search" / "trials.json", []),
+        trials=optional(folder / "search" / "trials.json", []) or optional(folder / "trials.json", []),
         samples=optional(folder / "samples.json", []),
         provenance=read_provenance(folder),
         configs={name: training.config for name, training in found.items() if training.config},

@@ -25,7 +25,8 @@ from danube_ray.inference.gguf import GgufModel
 from danube_ray.inference.huggingface import HuggingFaceModel
 from danube_ray.quantize.long_context import LongContext, compare_far
 from danube_ray.quantize.measure import Passage, divergence, reference_logits, speed
-from danube_ray.quantize.table import TABLE, Row, with_drop, without_nan
+from danube_ray.quantize.table import Row, with_drop, without_nan
+from danube_ray.report.run import QUANTIZATION
 from danube_ray.runtime.session import result
 
 OnProgress = Callable[[str, int, int], None]  # what is being done, how much of it is, of how much
@@ -93,11 +94,11 @@ class Meter:
         return [row for row in self._rows() if row["level"] in levels]
 
     def _rows(self) -> list[Row]:
-        return read_json(self.out_dir / TABLE)
+        return read_json(self.out_dir / QUANTIZATION)
 
     def _keep(self, row: Row, values: Row, hashes: dict[str, str]) -> None:
         row.update(without_nan(values), measured={**row.get("measured", {}), **hashes})
-        write_json(self.out_dir / TABLE, [row if old["level"] == row["level"] else old for old in self._rows()])
+        write_json(self.out_dir / QUANTIZATION, [row if old["level"] == row["level"] else old for old in self._rows()])
 
     def _read(self, rows: Sequence[Row]) -> Iterator[tuple[str, Row]]:
         reference = self._reference  # first: it takes all CPUs

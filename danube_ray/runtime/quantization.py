@@ -16,15 +16,15 @@ import ray
 from danube_ray.artifacts import content_hash, file_hash, read_json, write_json
 from danube_ray.config import require
 from danube_ray.model.huggingface import load_config
-from danube_ray.quantize.gguf import TOKENIZER_FILES, GgufFacts, Span, converting, copy_tokenizer, write_span
+from danube_ray.quantize.gguf import TOKENIZER_FILES, GgufFacts, converting, copy_tokenizer, require_convertible
 from danube_ray.quantize.imatrix import ImportanceMatrix, gather_file
 from danube_ray.quantize.levels import DEFAULT_LEVELS, LEVELS, Level, check_level
-from danube_ray.quantize.table import TABLE, by_size
+from danube_ray.quantize.spans import Span, write_span
+from danube_ray.quantize.table import Row, by_size
+from danube_ray.report.run import QUANTIZATION
 from danube_ray.runtime.session import result, session
 
 MODEL_FILES = ("config.json", "*.safetensors", *TOKENIZER_FILES)
-
-Row = dict[str, Any]
 
 
 def quantize(
@@ -33,24 +33,27 @@ def quantize(
     levels: Sequence[Level] = DEFAULT_LEVELS,
     *,
     imatrix: Path | None = None,
-    on_level: Callable[[Row], None] = lambda row: None,
     on_progress: Callable[[int, int], None] = lambda done, spans: None,
 ) -> list[Row]:
     """Write `out_dir/LEVEL.gguf` for each level, the tokenizer beside them, and the table, `out_dir/quantization.json`.
 
     A level made from the same model (and importance matrix) is kept; the others are made together: each weight is read
-    once for all of them, by tasks of one CPU. `on_progress` gets the spans done and the number of them, `on_level` each
-    new row. Rows are returned and stored as `danube_ray.quantize.table` describes them. `ConfigError` when the model
-    can't be converted; then no file is changed.
+    once for all of them, by tasks of one CPU. `on_progress` gets the spans done and the number of them. Returned are
+    all rows that the table has now, those of other levels of the same model too, as `danube_ray.quantize.table`
+    describes them. `ConfigError` when the model can't be converted; then no file is changed. What is killed half-way
+    counts for nothing, and is made again.
     """
     require(bool(levels), "levels", list(levels), f"some of {', '.join(LEVELS)}")
     wanted = {check_level(level) for level in levels}
-    load_config(model_folder, any_rope=True)
     model_folder, out_dir = model_folder.resolve(), out_dir.resolve()
     importance = ImportanceMatrix.read(imatrix) if imatrix else None
-    inputs = content_hash([_model_hash(model_folder), imatrix and file_hash(imatrix), version("xllamacpp")])
-    rows = {row["level"]: row for row in _kept_rows(out_dir, inputs)}
-    missing: list[Level] = [level for level in LEVELS if level in wanted and level not in rows]
+    require_convertible(model_folder, importance)
+    model = _model_hash(model_folder)
+    inputs = content_hash([model, imatrix and file_hash(imatrix), version("xllamacpp")])
+    made_from = {"inputs": inputs, "model": model, "imatrix": imatrix and imatrix.name}
+    rows = {row["level"]: row for row in _kept_rows(out_dir, made_from)}
+    there = {level for level, row in rows.items() if row["inputs"] == inputs}
+    missing: list[Level] = [level for level in LEVELS if level in wanted - there]
     files: dict[Level, Path] = {level: out_dir / f"{level}.gguf" for level in missing}
     if files:
         with session():
@@ -60,10 +63,8 @@ def quantize(
             hashing: Any = ray.remote(num_cpus=1)(file_hash)
             hashes = ray.get([hashing.remote(file) for file in files.values()])
         for level, sha256 in zip(missing, hashes, strict=True):
-            rows[level] = {**_row(files[level], level, conversion.facts[level]), "sha256": sha256, "inputs": inputs}
-        write_json(out_dir / TABLE, by_size(rows.values()))
-        for level in missing:
-            on_level(rows[level])
+            rows[level] = {**_row(files[level], level, conversion.facts[level]), "sha256": sha256, **made_from}
+        write_json(out_dir / QUANTIZATION, by_size(rows.values()))
     return by_size(rows.values())
 
 
@@ -125,13 +126,14 @@ def _model_hash(model_folder: Path) -> str:
     return content_hash({path.name: file_hash(path) for path in files})
 
 
-def _kept_rows(out_dir: Path, inputs: str) -> list[Row]:
-    """Rows of an earlier table that were made from the same inputs and whose files are still what they were."""
-    if not (out_dir / TABLE).is_file():
+def _kept_rows(out_dir: Path, made_from: Row) -> list[Row]:
+    """Rows of an earlier table that were made from the same model and whose files are still what they were."""
+    if not (out_dir / QUANTIZATION).is_file():
         return []
 
-    def whole(file: Path, sha256: str) -> bool:
-        return file.is_file() and file_hash(file) == sha256
+    def whole(row: Row) -> bool:
+        file = out_dir / row["file"]
+        same = any(row.get(key) == made_from[key] for key in ("inputs", "model"))  # rows once had no model
+        return same and file.is_file() and file_hash(file) == row["sha256"]
 
-    rows = read_json(out_dir / TABLE)
-    return [row for row in rows if row["inputs"] == inputs and whole(out_dir / row["file"], row["sha256"])]
+    return [row for row in read_json(out_dir / QUANTIZATION) if whole(row)]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import shutil
 
 import numpy as np
@@ -11,7 +12,8 @@ from danube_ray.artifacts import read_json, write_json
 from danube_ray.config import ConfigError
 from danube_ray.inference.gguf import GgufModel
 from danube_ray.inference.huggingface import HuggingFaceModel
-from danube_ray.quantize.adapter import convert_adapter
+from danube_ray.quantize import adapter as module
+from danube_ray.quantize.adapter import check_adapters, convert_adapter, convert_adapters
 from danube_ray.quantize.gguf import convert
 from tests.adapters import tiny_adapter
 from tests.models import tiny_model
@@ -59,6 +61,8 @@ def test_what_llama_cpp_could_not_compute_is_refused_and_nothing_is_written(adap
         change(folder)
         with pytest.raises(ConfigError) as error:
             convert_adapter(folder, model, tmp_path / "out" / "adapter.gguf")
+        with pytest.raises(ConfigError, match=re.escape(str(error.value))):
+            check_adapters({"tuned": folder}, model)
         shutil.rmtree(folder)
         assert not list((tmp_path / "out").glob("*"))
         return str(error.value)
@@ -101,6 +105,20 @@ def test_what_llama_cpp_could_not_compute_is_refused_and_nothing_is_written(adap
     torn = tmp_path / "torn.gguf"
     torn.write_bytes(gguf_file.read_bytes()[:1000])
     assert "torn.gguf" in refused(model=torn)
+
+
+def test_several_adapters_take_one_look_at_the_model_and_a_check_writes_nothing(
+    adapter, gguf_file, model_folder, tmp_path, monkeypatch
+):
+    other = tiny_adapter(model_folder, tmp_path / "other", seed=3)
+    alone = [convert_adapter(folder, gguf_file, tmp_path / "alone.gguf").read_bytes() for folder in (adapter, other)]
+    read, whole = [], module.GGUFReader
+    monkeypatch.setattr(module, "GGUFReader", lambda path: read.append(path) or whole(path))
+    check_adapters({"a": adapter, "b": other}, gguf_file)
+    assert not (tmp_path / "out").exists()
+    files = convert_adapters({"a": adapter, "b": other}, gguf_file, tmp_path / "out")
+    assert [files[name].read_bytes() for name in ("a", "b")] == alone
+    assert len(read) == 2 and convert_adapters({}, tmp_path / "no.gguf", tmp_path) == {}
 
 
 def test_an_adapter_of_another_model_is_refused(adapter, tmp_path):

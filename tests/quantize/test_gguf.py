@@ -16,9 +16,10 @@ from danube_ray.config import ConfigError, ServedModel
 from danube_ray.data.tokenizer import Tokenizer
 from danube_ray.model.huggingface import load_config
 from danube_ray.quantize import gguf
-from danube_ray.quantize.gguf import convert, converting, copy_tokenizer, write_span
+from danube_ray.quantize.gguf import convert, converting, copy_tokenizer
 from danube_ray.quantize.imatrix import ImportanceMatrix
 from danube_ray.quantize.levels import LEVELS, tensor_shapes
+from danube_ray.quantize.spans import write_span
 from danube_ray.serve.models import entry_of
 from tests.models import tiny_model, tiny_tokenizer
 
@@ -74,7 +75,7 @@ def test_bytes_of_q8_0_and_q4_0_are_those_of_ggufs_own_quantizer(wide_model_fold
         assert (tensors(tmp_path / "model.gguf")["blk.0.ffn_up.weight"].data == quantize(original, Type[level])).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_weights_of_any_float_type_are_read_exactly(dtype, model_folder, tmp_path):
     folder = shutil.copytree(model_folder, tmp_path / "model")
     state = {name: tensor.to(dtype) for name, tensor in load_file(folder / "model.safetensors").items()}
@@ -120,7 +121,7 @@ def test_levels_made_together_are_those_made_alone_and_read_each_weight_once(wid
 def test_spans_are_of_bounded_size_and_the_largest_come_first(wide_model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(gguf, "SPAN_WEIGHTS", 2**15)
     with converting(wide_model_folder, {"F16": tmp_path / "model.gguf"}) as conversion:
-        sizes = [span.num_rows * span.num_columns for span in conversion.spans]
+        sizes = [span.num_weights for span in conversion.spans]
         for span in conversion.spans:
             write_span(span)
     assert sizes == sorted(sizes, reverse=True)
@@ -202,6 +203,11 @@ def test_a_folder_that_can_not_be_converted_is_one_error_and_leaves_the_old_file
         del state["lm_head.weight"]
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
+    def with_integers(folder):
+        state = load_file(folder / "model.safetensors")
+        state["lm_head.weight"] = state["lm_head.weight"].to(torch.int8)
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
     def cut(folder):
         data = (folder / "model.safetensors").read_bytes()
         (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
@@ -212,7 +218,19 @@ def test_a_folder_that_can_not_be_converted_is_one_error_and_leaves_the_old_file
     assert "model.safetensors" in broken(lambda folder: (folder / "model.safetensors").unlink())
     assert "whole safetensors file" in broken(cut)
     assert "lm_head.weight" in broken(without_head)
+    assert "type of lm_head.weight" in broken(with_integers)
     assert "blk.1.attn_q.weight" in broken(
         lambda folder: change_weights(folder, "model.layers.1.self_attn.q_proj.weight", np.nan)
     )
     assert "BF16 holds it" in broken(lambda folder: change_weights(folder, "lm_head.weight", 1e6))
+
+
+@pytest.mark.parametrize("level", ["Q8_0", "Q4_K_M", "Q2_K"])
+def test_a_weight_that_would_be_infinite_is_refused(level, wide_model_folder, tmp_path):
+    folder = shutil.copytree(wide_model_folder, tmp_path / "model")
+    state = load_file(folder / "model.safetensors")
+    state["model.layers.3.mlp.up_proj.weight"][0, 0] = 1e9
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"largest weight at \w+ is 1000000000\.0"):
+        convert(folder, tmp_path / "model.gguf", level)
+    convert(folder, tmp_path / "model.gguf", "BF16")

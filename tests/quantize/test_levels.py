@@ -33,6 +33,7 @@ def test_q3_k_m_widens_the_first_layers_most():
     assert types("Q3_K_M", "ffn_down") == [Type.Q5_K] + [Type.Q4_K] * 23
     assert types("Q3_K_M", "attn_output") == [Type.Q4_K] * 24
     assert types("Q3_K_M", "ffn_up") == [Type.Q3_K] * 24
+    assert types("Q3_K_M", "ffn_down", Shape(32, 32, 8, tied_embeddings=False)) == [Type.Q5_K] * 2 + [Type.Q4_K] * 30
 
 
 def test_q2_k_values_depend_on_how_many_heads_share_them():

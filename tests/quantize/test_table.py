@@ -50,6 +50,8 @@ def test_the_smallest_file_within_a_divergence():
     assert within(ROWS, 1e-6)["level"] == "F16"
     with pytest.raises(ConfigError, match="allowed is at least 1e-07, what F16 has"):
         within(ROWS, 1e-9)
+    with pytest.raises(ConfigError, match="levels is .*at least one that was measured"):
+        within([], 0.01)
 
 
 def test_a_drop_has_the_error_of_the_differences():

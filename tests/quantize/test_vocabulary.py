@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import shutil
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import tokenizers
 from gguf import GGUFReader
+from sentencepiece import SentencePieceTrainer
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from danube_ray.artifacts import read_json, write_json
@@ -128,6 +131,45 @@ def test_tokenizers_that_llama_cpp_would_not_follow_are_refused(tmp_path):
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match=r"tokenizer\.model, or tokenizer\.json"):
         convert(folder, tmp_path / "model.gguf", "F16")
+
+
+@pytest.mark.parametrize(
+    ("trained", "said"),
+    [
+        ({"model_type": "unigram"}, "type of .* is 'unigram'"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "normalizer of .* is 'nmt_nfkc'"),
+        ({"remove_extra_whitespaces": True}, "all spaces kept"),
+        (None, "a whole sentencepiece model"),
+    ],
+)
+def test_sentencepiece_models_that_llama_cpp_would_not_follow_are_refused(trained, said, model_folder, tmp_path):
+    folder, made = shutil.copytree(model_folder, tmp_path / "model"), io.BytesIO(b"version https://git-lfs")
+    if trained is not None:
+        plain = {"model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(TEXT), model_writer=made, vocab_size=320, byte_fallback=True, minloglevel=2,
+            hard_vocab_limit=False, **{**plain, **trained},
+        )  # fmt: skip
+    (folder / "tokenizer.model").write_bytes(made.getvalue())
+    with pytest.raises(ConfigError, match=said):
+        convert(folder, tmp_path / "model.gguf", "F16")
+
+
+def test_merges_that_sentencepiece_would_not_make_are_refused(model_folder, tmp_path):
+    """It joins any two pieces that make a third: of a pair left out llama.cpp's ids would be others."""
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    (folder / "tokenizer.model").unlink()
+    whole = read_json(folder / "tokenizer.json")
+    merges = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in whole["model"]["merges"]]
+    makers = Counter("".join(pair) for pair in merges)
+    twice = next(pair for pair in merges if makers["".join(pair)] > 1)
+    for changed, said in (
+        ([pair for pair in merges if pair != twice], 'merges of .* is "no '),
+        ([*(pair for pair in merges if pair != twice), twice], "pairs of a piece far apart"),
+    ):
+        write_json(folder / "tokenizer.json", {**whole, "model": {**whole["model"], "merges": changed}})
+        with pytest.raises(ConfigError, match=said):
+            convert(folder, tmp_path / "model.gguf", "F16")
 
 
 def test_a_larger_embedding_is_padded_with_unused_pieces(model_folder, tmp_path):

@@ -1,25 +1,57 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
 from danube_ray import presets
+from danube_ray.artifacts import read_json
 from danube_ray.config import ConfigError, ServedModel
 from danube_ray.inference.gguf import GgufModel
 from danube_ray.quantize import gguf
 from danube_ray.quantize.gguf import convert
 from danube_ray.quantize.imatrix import ImportanceMatrix
+from danube_ray.runtime import quantization
 from danube_ray.runtime.quantization import gather_imatrix, quantize
 from danube_ray.serve.models import entry_of
 from tests.benchmarks.curation_memory import Peak
 from tests.models import tiny_model
 from tests.quantize.random_model import write_random_model
 
+DRIVER = "from tests.runtime.test_quantization import drive; drive()"
+SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_layers": 8}
 TOKENS = np.random.default_rng(0).integers(3, 512, 600).astype(np.uint16)
+
+
+def levels_there(out: Path) -> dict[str, int]:
+    """Each level's file: one that is written again is another."""
+    return {path.stem: path.stat().st_ino for path in out.glob("*.gguf")}
+
+
+def drive() -> None:
+    """What a driver's process runs: `python -c DRIVER MODEL OUT MOMENT`. It kills itself at that moment."""
+    folder, out, moment = sys.argv[1:]
+
+    def die(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    gguf.SPAN_WEIGHTS = 2**15
+    if moment == "before the table":
+        quantization.write_json = die
+    quantize(Path(folder), Path(out), ["Q8_0", "F16", "Q4_K_M"], on_progress=die if moment == "half-way" else nothing)
+
+
+def nothing(*_: int) -> None:
+    """No progress to be told."""
 
 
 @pytest.mark.ray
@@ -27,13 +59,15 @@ def test_levels_are_made_and_kept(ray_session, tmp_path):
     folder, out = tiny_model(tmp_path / "model"), tmp_path / "gguf"
     made = []
 
-    def run(levels, **options):
-        made.clear()
-        return quantize(folder, out, levels, on_level=lambda row: made.append(row["level"]), **options)
+    def run(levels):
+        before = levels_there(out)
+        rows = quantize(folder, out, levels)
+        made[:] = [row["level"] for row in rows if levels_there(out)[row["level"]] != before.get(row["level"])]
+        return rows
 
     run(["Q8_0"])
     rows = run(["Q4_K_M", "F16", "Q8_0"])
-    assert sorted(made) == ["F16", "Q4_K_M"]
+    assert made == ["F16", "Q4_K_M"]
     assert [row["level"] for row in rows] == ["F16", "Q8_0", "Q4_K_M"]
     assert rows == json.loads((out / "quantization.json").read_text())
     for row in rows:
@@ -58,7 +92,7 @@ def test_levels_are_made_and_kept(ray_session, tmp_path):
 
 @pytest.mark.ray
 def test_tasks_write_what_one_process_writes(ray_session, tmp_path, monkeypatch):
-    folder = tiny_model(tmp_path / "model", hidden_size=256, intermediate_size=512, num_layers=8)
+    folder = tiny_model(tmp_path / "model", **SHAPE)
     monkeypatch.setattr(gguf, "SPAN_WEIGHTS", 2**15)
     seen = []
     quantize(folder, tmp_path / "gguf", ["Q4_K_M", "F16"], on_progress=lambda *done: seen.append(done))
@@ -71,6 +105,39 @@ def test_tasks_write_what_one_process_writes(ray_session, tmp_path, monkeypatch)
 
 
 @pytest.mark.ray
+@pytest.mark.slow
+def test_whoever_is_killed_half_written_files_never_count(ray_session, tmp_path):
+    folder, out = tiny_model(tmp_path / "model", **SHAPE), tmp_path / "gguf"
+    quantize(folder, out, ["Q8_0"])
+    first = levels_there(out)
+    for moment in ("half-way", "before the table"):
+        driver = subprocess.run([sys.executable, "-c", DRIVER, folder, out, moment], capture_output=True, check=False)
+        assert driver.returncode == -signal.SIGKILL, driver.stderr
+        assert [row["level"] for row in read_json(out / "quantization.json")] == ["Q8_0"]
+    assert levels_there(out)["Q8_0"] == first["Q8_0"]
+    (out / ".Q4_K_M.gguf.torn").write_bytes(b"what the first driver left, had the second not removed it")
+
+    killed = []
+
+    def kill_workers(done: int, spans: int) -> None:
+        if done == 1:
+            below = psutil.Process().children(recursive=True)
+            killed.extend(process for process in below if "ray::write_span" in " ".join(process.cmdline()))
+            for process in killed:
+                process.kill()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "SPAN_WEIGHTS", 2**15)
+        rows = quantize(folder, out, ["Q8_0", "F16", "Q4_K_M"], on_progress=kill_workers)
+    assert killed and [row["level"] for row in rows] == ["F16", "Q8_0", "Q4_K_M"]
+    assert levels_there(out)["Q8_0"] == first["Q8_0"]
+    assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
+    for level in ("F16", "Q4_K_M"):
+        convert(folder, tmp_path / "alone.gguf", level)
+        assert (tmp_path / "alone.gguf").read_bytes() == (out / f"{level}.gguf").read_bytes()
+
+
+@pytest.mark.ray
 def test_an_importance_matrix_is_gathered_and_used(ray_session, tmp_path):
     folder, out = tiny_model(tmp_path / "model"), tmp_path / "gguf"
     plain = quantize(folder, out, ["Q4_0"])[0]
@@ -78,9 +145,12 @@ def test_an_importance_matrix_is_gathered_and_used(ray_session, tmp_path):
     assert ImportanceMatrix.read(imatrix).counts["blk.1.ffn_down.weight"] == len(TOKENS)
     weighed = quantize(folder, out, ["Q4_0"], imatrix=imatrix)[0]
     assert weighed["sha256"] != plain["sha256"]
-    made = []
-    quantize(folder, out, ["Q4_0"], imatrix=imatrix, on_level=made.append)
-    assert made == []
+    before = levels_there(out)
+    rows = quantize(folder, out, ["Q4_0"], imatrix=imatrix)
+    assert levels_there(out) == before and [row["imatrix"] for row in rows] == ["imatrix.gguf"]
+    rows = quantize(folder, out, ["F16"])
+    assert [(row["level"], row["imatrix"]) for row in rows] == [("F16", None), ("Q4_0", "imatrix.gguf")]
+    assert rows == read_json(out / "quantization.json"), "one table for all levels of a model"
     with pytest.raises(ConfigError, match="context is 257, allowed is 2 to 256"):
         gather_imatrix(folder, TOKENS, out / "imatrix.gguf", dataset="noise", context=257)
 
