@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +31,17 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     return status, captured.out, captured.err
 
 
+def test_every_option_says_what_it_is(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    for verb in sorted(VERBS.keys() - {"quality"}):
+        _, out, _ = run(capsys, verb, *["nano"] * (verb in PRESET_VERBS), "--help")
+        lines = [line.strip("│ ") for line in out.splitlines()]
+        for line, following in pairwise(lines):
+            if line.startswith("--"):
+                said = re.sub(r"\((default|required).*", "", f"{line}  {following}").partition("  ")[2]
+                assert said.strip(), f"danube {verb} {line}"
+
+
 def plain(text: str) -> str:
     """What was said, whatever the width and the boxes it was said in."""
     return " ".join(text.replace("│", " ").split())
@@ -46,6 +60,46 @@ def test_help_names_every_verb_without_loading_what_verbs_need():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("[]")
     assert all(verb in done.stdout for verb in VERBS)
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_version_and_module():
+    done = subprocess.run([sys.executable, "-m", "danube_ray", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"danube_ray {metadata.version('danube-ray')}\n"
+
+
+def test_a_pipe_that_has_read_enough_ends_it_quietly():
+    script = "import sys; from danube_ray.cli import main; main(['pretrain', 'nano', '--help'])"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-u", "-c", script], **pipes) as verb:
+        verb.stdout.close()
+        assert verb.stderr.read() == b"" and verb.wait() == 1
+
+
+def test_ctrl_c_is_one_line(capsys, monkeypatch):
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(VERBS, "report", interrupted)
+    status, _, err = run(capsys, "report")
+    assert status == 130 and plain(err).startswith("danube report: interrupted") and "Traceback" not in err
+
+
+def test_completion_knows_verbs_presets_and_options():
+    script = """eval "$(%s -m danube_ray --completion)"
+    danube() { %s -m danube_ray "$@"; }
+    try() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); _danube; echo "${COMPREPLY[*]}"; }
+    try danube pre; try danube plan danube3; try danube pretrain nano --optimizer.beta; try danube tokenize --voc
+    """
+    done = subprocess.run(
+        ["bash", "-c", script.replace("%s", sys.executable)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == [
+        "presets pretrain",
+        "danube3_500m danube3_4b",
+        "--optimizer.beta1 --optimizer.beta2",
+        "",
+    ], done.stderr
 
 
 def test_presets_prints_parameters_and_stages(capsys):
@@ -105,7 +159,11 @@ def test_a_full_disk_is_one_error_before_anything_starts(capsys, tokens, tmp_pat
     ("arguments", "said"),
     [
         (["pretrian"], "verb is 'pretrian', allowed is one of demo, presets"),
+        (["pretrian"], "perhaps pretrain"),
         (["pretrain", "danube_2b"], "preset is 'danube_2b', allowed is one of danube_1_8b"),
+        (["plan", "nanno"], "perhaps nano"),
+        (["pretrain", "nano", "--stages.0.shares", "web"], "'web' is not of the form NAME=INTEGER"),
+        (["curate", "web=/", "--rule-sets", "web"], "'web' is not of the form NAME=NAME"),
         (["pretrain", "nano", "--optimizer.learning-rate", "-1"], "learning_rate is -1.0"),
         (["pretrain", "nano", "--loop.precision", "fp64"], "Expected one of"),
         (["pretrain", "nano", "--model.num-kv-heads", "3"], "num_kv_heads is 3, allowed is a divisor of num_heads=4"),
@@ -118,9 +176,12 @@ def test_a_full_disk_is_one_error_before_anything_starts(capsys, tokens, tmp_pat
         (["sft", "--name", "x", "--base", "/nowhere", "--data", "/nowhere"], "/nowhere"),
         (["dpo", "--name", "x", "--base", "b", "--data", "d", "lora:none"], "frozen base under the adapters"),
         (["evaluate", "/nowhere"], "--tasks and --tokens"),
+        (["evaluate", "/", "--tokens", "/"], "a Hugging Face folder, with its config.json"),
+        (["demo", "--out", "/"], "/ holds something else, which would be lost"),
+        (["demo", "--text", "/nowhere"], "--text is '/nowhere'"),
         (["quantize", "/nowhere", "--tokens", "/nowhere", "--levels", "Q9"], "Q9"),
         (["serve", "chat=/nowhere.gguf"], "of a file or folder that exists"),
-        (["export", "/nowhere", "--tokenizer", "/nowhere", "--out", "/nowhere"], "has no verified checkpoint"),
+        (["export", "/nowhere", "--tokenizer", "/nowhere", "--out", "/nowhere"], "the folder of a run"),
         (
             ["remap", "/nowhere", "--new-tokenizer", "/nowhere", "--out", "/nowhere"],
             "/nowhere/config.json does not exist",

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,8 +52,8 @@ class Terminal:
     def __init__(self, *arguments: str) -> None:
         environment = {**os.environ, "TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"}
         self.process = pexpect.spawn(
-            DANUBE, ["chat", *arguments], env=environment, encoding="utf-8", timeout=30, dimensions=(40, 100)
-        )
+            DANUBE, ["chat", *arguments], env=environment, encoding="utf-8", timeout=None, dimensions=(40, 100)
+        )  # the test's own time limit ends a wait that is in vain
 
     def type(self, line: str) -> None:
         self.process.send(f"{line}\r")
@@ -68,6 +68,20 @@ class Terminal:
         self.process.expect(pexpect.EOF)
         self.process.close()
         return self.process.exitstatus or 0
+
+
+@pytest.fixture
+def open_terminal(home: Path) -> Iterator[Callable[..., Terminal]]:
+    """Opens terminals and closes them: one that a failed test left open would keep the gate from ending."""
+    opened: list[Terminal] = []
+
+    def start(*arguments: str) -> Terminal:
+        opened.append(Terminal(*arguments))
+        return opened[-1]
+
+    yield start
+    for each in opened:
+        each.process.close(force=True)
 
 
 def ask(*arguments: str, piped: str = "") -> subprocess.CompletedProcess[str]:
@@ -100,12 +114,12 @@ def test_a_server_that_is_not_there_is_one_line():
 def test_tokens_are_counted(url: str):
     usage = Usage()
     question = {"role": "user", "content": QUESTION}
-    pieces = list(ChatServer(url).stream("tiny", [question], usage, max_tokens=12, top_k=1))
+    pieces = list(ChatServer(f"{url}/v1/").stream("tiny", [question], usage, max_tokens=12, top_k=1))
     assert len(pieces) > 0 and usage.completion_tokens == 12 and usage.finish_reason == "length"
 
 
-def test_a_conversation_in_the_terminal(url: str, home: Path):
-    terminal = Terminal("--url", url, "--temperature", "0", "--max-tokens", "16")
+def test_a_conversation_in_the_terminal(url: str, home: Path, open_terminal: Callable[..., Terminal]):
+    terminal = open_terminal("--url", url, "--temperature", "0", "--max-tokens", "16")
     terminal.until("/help lists the commands")
     terminal.type("/model other")
     terminal.type("/model")
@@ -127,16 +141,16 @@ def test_a_conversation_in_the_terminal(url: str, home: Path):
     terminal.until("5 tokens")
     assert json.loads(file.read_text())["turns"][0]["content"] == f"{QUESTION} And wider?"
     assert terminal.leave() == 0
-    again = Terminal("--url", url)
+    again = open_terminal("--url", url)
     again.until("/help lists")
     again.type("/open 1")
     again.until("And wider?")
     assert again.leave() == 0
 
 
-def test_ctrl_c_stops_an_answer(url: str, home: Path):
+def test_ctrl_c_stops_an_answer(url: str, open_terminal: Callable[..., Terminal]):
     """The answer would take minutes; it ends, is kept, and the next one comes: its slot was free."""
-    terminal = Terminal("--url", url, "--temperature", "0", "--max-tokens", "60000")
+    terminal = open_terminal("--url", url, "--temperature", "0", "--max-tokens", "60000")
     terminal.until("/help lists")
     terminal.type(QUESTION)
     terminal.until(QUESTION)  # the terminal's echo; what follows is the answer

@@ -81,6 +81,14 @@ def test_what_a_plan_proposes_fits(capsys):
     assert follows["fits"] and follows["days"] == pytest.approx(data["remedy"]["days"])
 
 
+def test_more_gpus_than_windows_is_said(capsys):
+    arguments = ("plan", "danube_1_8b", "--hardware", "h100:1024")
+    assert "44% in stage 2k" in said(capsys, *arguments)
+    shares = [stage["padding_share"] for stage in as_json(capsys, *arguments)["stages"]]
+    assert shares == pytest.approx([1 - windows / 1024 for windows in (576, 288, 144, 72)])
+    assert "Padding" not in said(capsys, *arguments[:-1], "h100:8")
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

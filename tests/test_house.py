@@ -7,8 +7,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 REPOSITORY = Path(__file__).parent.parent
 CODE = sorted(path for folder in ("danube_ray", "jobs", "tests") for path in (REPOSITORY / folder).rglob("*.py"))
 PACKAGE = [path for path in CODE if path.is_relative_to(REPOSITORY / "danube_ray")]
@@ -20,14 +18,17 @@ def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
             yield node
 
 
-@pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_no_file_is_over_400_lines(path):
-    assert len(path.read_text().splitlines()) <= 400
+def test_no_file_is_over_400_lines():
+    lengths = {str(path.relative_to(REPOSITORY)): len(path.read_text().splitlines()) for path in CODE}
+    assert {path: length for path, length in lengths.items() if length > 400} == {}
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_no_function_is_over_80_lines(path):
-    lengths = {node.name: (node.end_lineno or node.lineno) - node.lineno + 1 for node in functions(path)}
+def test_no_function_is_over_80_lines():
+    lengths = {
+        f"{path.relative_to(REPOSITORY)}:{node.lineno} {node.name}": (node.end_lineno or node.lineno) - node.lineno + 1
+        for path in PACKAGE
+        for node in functions(path)
+    }
     assert {name: length for name, length in lengths.items() if length > 80} == {}
 
 

@@ -28,8 +28,9 @@ from danube_ray.planner import (
     stage_work,
     step_time,
 )
-from danube_ray.planner.memory import largest_micro_batch, layer_bytes_per_token
-from danube_ray.planner.speed import EAGER
+from danube_ray.planner import coefficients as based_on
+from danube_ray.planner.memory import largest_micro_batch, layer_bytes_per_token, working_bytes_per_token
+from danube_ray.planner.speed import EAGER, weight_bytes
 from danube_ray.presets import PRESETS, danube3_4b, danube3_500m, danube_1_8b, nano
 
 A100 = HARDWARE["a100"]
@@ -128,6 +129,8 @@ class TestMemory:
         assert two.loss_bytes - one.loss_bytes == by_token
         assert two.total_bytes - one.total_bytes == one.activations_bytes + one.working_bytes + by_token
         assert sum(dataclasses.asdict(one).values()) == one.total_bytes
+        fp32, bf16 = (working_bytes_per_token(work.model, precision) for precision in ("fp32", "bf16"))
+        assert fp32 - bf16 == 4 * 2 * work.model.intermediate_size  # four gradients of the MLP, twice as wide
 
     @pytest.mark.parametrize("checkpointing", [False, True])
     @pytest.mark.parametrize("preset", ["danube_1_8b", "danube3_500m", "danube3_4b", "proxy_20m"])
@@ -201,6 +204,11 @@ class TestSpeed:
         few, many = (step_time(dataclasses.replace(work, micro_batch_size=size), H100) for size in (8, 1))
         assert many.weights_s > 4 * few.weights_s
         assert many.linears_s == few.linears_s
+        for precision, first, more in (("fp32", 0, 12), ("bf16", 12, 24)):  # bytes of casts and of sums in fp32
+            work = work_of(danube_1_8b(), precision=precision)
+            parameters = work.linear_parameters + work.head_parameters
+            passes = [dataclasses.replace(work, micro_batch_size=work.windows // number) for number in (1, 2)]
+            assert list(map(weight_bytes, passes)) == [first * parameters, (first + more) * parameters]
 
 
 class TestPlan:
@@ -253,12 +261,26 @@ class TestPlan:
         delayed = plan(dataclasses.replace(run, loop=dataclasses.replace(run.loop, fp8_scaling="delayed")), H100, 8)
         assert not any(way.activation_checkpointing for way in delayed.stages[0].largest)
 
+    def test_a_plan_tells_of_the_numbers_that_its_run_rests_on_and_no_others(self):
+        def told(num_gpus: int, **loop) -> dict[str, float]:
+            return {each.what: each.value for each in based_on.used(LoopConfig(**loop), H100, num_gpus)}
+
+        alone, pair, node, nodes = (told(num_gpus) for num_gpus in (1, 2, 8, 16))
+        assert pair.keys() - alone.keys() == {"links between GPUs", based_on.OVERLAP.what, based_on.STRAGGLING.what}
+        assert node == pair and pair["links between GPUs"] == 370  # GB/s
+        assert nodes.keys() - node.keys() == {based_on.BETWEEN_NODES.what}
+        eager, compiled = based_on.EAGER_HOST_S.what, based_on.COMPILED_HOST_S.what
+        assert eager in alone and alone.keys() ^ told(1, compile=True).keys() == {eager, compiled}
+        for scaling in ("current", "delayed", "block"):
+            fp8 = told(1, precision="fp8-te", fp8_scaling=scaling)
+            assert fp8.keys() - alone.keys() == {based_on.FP8_GEMM[scaling].what, based_on.FP8_CAST_BYTES[scaling].what}
+
     def test_a_micro_batch_too_large_is_cut_to_what_fits(self):
         run = danube3_500m()
         stages = (run.stages[0], dataclasses.replace(run.stages[1], micro_batch_size=18), run.stages[2])
         alone = dataclasses.replace(run.loop, num_workers=1)
         priced = plan(dataclasses.replace(run, stages=stages, loop=alone), H100, 1)
-        assert [stage.fits for stage in priced.stages] == [True, False, True]
+        assert [stage.fits for stage in priced.stages] == [True, False, True] and not priced.fits
         assert priced.remedy is not None
         largest = priced.stages[1].largest[0].windows
         assert priced.remedy.options == (f"--stages.1.micro-batch-size {largest}",)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from danube_ray.cli.console import Positional, console
 
 
 def compare(first: Positional[Path], second: Positional[Path], out: Path | None = None) -> None:
-    """Put two runs side by side: settings that differ, losses at the same tokens, validation by source, speed.
+    """Put two training runs side by side.
+
+    Settings that differ, losses at the same tokens, validation by source, speed.
 
     Args:
         first: a run's folder.
@@ -27,7 +29,8 @@ def compare(first: Positional[Path], second: Positional[Path], out: Path | None 
 
     def print_table(what: str, *columns: str, rows: list[tuple[str, ...]]) -> None:
         if rows:
-            table = Table(what, *columns, box=None, title_justify="left")
+            heads = (Column(head, overflow="fold") for head in (what, *columns))  # no name and no path is cut
+            table = Table(*heads, box=None)
             for row in rows:
                 table.add_row(*map(escape, row))
             console.print(table, "")

@@ -65,8 +65,9 @@ class Comparison:
 
         longest = config.usable_context
         context = self.context or min(DEFAULT_CONTEXT, longest)
-        require(context <= longest, "--context", context, f"2 to {longest}, which llama.cpp can use of this model")
         tasks = [multiple_choice_task(*pair) for pair in named_paths(self.tasks).items()] if self.tasks else []
+        if tasks:
+            Tokenizer.load(folder)  # levels answer through it
         if self.place is None:
             return Material(tasks=tasks, limit=self.limit)
         check = None

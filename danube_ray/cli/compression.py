@@ -20,9 +20,9 @@ def compress(
     context: int = 512,
     num_tokens: int = 16_384,
 ) -> None:
-    """Compress a Hugging Face folder for GPUs, FP8 or 4-bit weights, as vLLM serves it; and say what it costs.
+    """Compress a model for GPUs: FP8 or 4-bit weights, for vLLM.
 
-    Needs llm-compressor: pip install 'danube-ray[compress]'.
+    What that costs is measured. Needs llm-compressor: pip install 'danube-ray[compress]'.
 
     Args:
         model: the Hugging Face folder.
@@ -40,7 +40,7 @@ def compress(
     from danube_ray.model.huggingface import load_config
     from danube_ray.quantize.compressed import compress as make
     from danube_ray.quantize.measure import divergence, passages, reference_logits
-    from danube_ray.quantize.table import TABLE
+    from danube_ray.report.run import QUANTIZATION
 
     longest = load_config(model).context_length
     require(2 <= context <= longest, "--context", context, f"2 to {longest}, the model's")
@@ -61,6 +61,6 @@ def compress(
     }
     if texts:
         row |= asdict(divergence(HuggingFaceModel(out), texts, reference_logits(model, texts)))
-    write_json(out / TABLE, [row])
+    write_json(out / QUANTIZATION, [row])
     print_table([row])
     console.print(f"serve it with [bold]danube serve {out} --num-gpus 1[/bold]", soft_wrap=True)

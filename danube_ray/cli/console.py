@@ -1,4 +1,4 @@
-"""What the verbs share: the console, and arguments of the form NAME=PATH."""
+"""What the verbs share: the console, arguments of the form NAME=PATH, the configuration that a run stored."""
 
 from __future__ import annotations
 
@@ -9,9 +9,18 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from danube_ray.config import require
+from danube_ray.artifacts import read_json
+from danube_ray.config import LoopConfig, ModelConfig, RunConfig, StageConfig, require
 
 console = Console()
+WIDTH = 160  # of a table that is written to a file or a pipe
+
+
+def wide() -> Console:
+    """For tables with many columns: as wide as the terminal, where they wrap, but wide where there is none."""
+    return Console() if console.is_terminal else Console(width=max(console.width, WIDTH))
+
+
 Positional = tyro.conf.Positional
 registry = tyro.constructors.ConstructorRegistry()
 
@@ -28,9 +37,14 @@ def by_name(
 
     def parse(arguments: list[str]) -> dict[str, Any]:
         pairs = [pair.partition("=") for pair in arguments[0].split(",") if pair]
-        return {name: value_type(value) for name, _, value in pairs}
+        try:
+            if not all(name and value for name, _, value in pairs):
+                raise ValueError
+            return {name: value_type(value) for name, _, value in pairs}
+        except ValueError:  # a word for a number says little of what was wanted
+            raise ValueError(f"{arguments[0]!r} is not of the form NAME={metavar},...") from None
 
-    metavar = {str: "NAME", Path: "PATH"}.get(value_type, "NUMBER")
+    metavar = {str: "NAME", Path: "PATH", int: "INTEGER"}.get(value_type, "NUMBER")
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar=f"NAME={metavar},...",
@@ -61,7 +75,25 @@ def named_paths(pairs: Iterable[str]) -> dict[str, Path]:
     return {name: Path(place) for name, place in named_places(pairs).items()}
 
 
+def stored_run(folder: Path) -> RunConfig:
+    """A pretraining run as it stored itself: model, stages and data; of its loop the seed. `ConfigError` for others."""
+    path = folder / "config.json"
+    require(path.is_file(), "run", str(folder), "the folder of a run, with its config.json")
+    stored = read_json(path)
+    kind, remedy = stored.get("kind"), "a fine-tuned model is in RUN/model already, and conversations name no documents"
+    require(kind == "pretrain", f"kind of {folder}", kind, "'pretrain'", remedy)
+    return RunConfig(
+        name=stored["name"],
+        model=ModelConfig(**stored["model"]),
+        stages=tuple(StageConfig(**stage) for stage in stored["stages"]),
+        global_batch_tokens=stored["global_batch_tokens"],
+        loop=LoopConfig(seed=stored["loop"]["seed"]),
+        tokenizer=stored.get("tokenizer"),
+        tokens_dir=stored["tokens_dir"],
+    )
+
+
 def print_report(run: Path) -> None:
-    from danube_ray.report import write_report
+    from danube_ray.report.page import write_report
 
     console.print(f"report [bold]{write_report(run)}[/bold]")

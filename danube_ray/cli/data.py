@@ -20,7 +20,7 @@ def curate(
     settings: Annotated[CurationConfig, tyro.conf.arg(name="")],
     out: Path = Path("data/documents"),
 ) -> None:
-    """Clean raw text into documents: rules and models with reasons, duplicates, a quarantine for what can't be read.
+    """Clean raw text into documents, with a reason for every drop.
 
     Args:
         sources: NAME=PATH each, in order of priority among duplicates: files or folders, here or under s3://, gs:// or
@@ -28,6 +28,7 @@ def curate(
         settings: how documents are read and judged.
         out: where documents, dropped and quarantined text and the report go.
     """
+    places = named_places(sources)  # before the imports: what is mistyped is said at once
     from rich.progress import Progress
 
     from danube_ray.runtime import curation
@@ -40,7 +41,7 @@ def curate(
                 tasks[step] = bars.add_task(step)
             bars.update(tasks[step], completed=done, total=total)
 
-        manifest = curation.curate(named_places(sources), out, settings, on_progress)
+        manifest = curation.curate(places, out, settings, on_progress)
     table = Table("source", "read", "kept", "dropped", "quarantined", "most frequent reasons", box=None)
     for source, facts in manifest["counts"].items():
         reasons = sorted(facts["dropped_by"].items(), key=lambda item: -item[1])[:3]
@@ -60,7 +61,9 @@ def tokenizer(
     model: Path | None = None,
     vocab_size: int = 32_000,
 ) -> None:
-    """Train a sentencepiece BPE tokenizer with byte fallback on curated documents, or take over a `tokenizer.model`.
+    """Train a tokenizer on curated documents, or take one over.
+
+    It is a sentencepiece BPE with byte fallback.
 
     Args:
         out: the tokenizer's folder.
@@ -74,7 +77,7 @@ def tokenizer(
     if model is not None and documents is None:
         made = import_tokenizer(model, out)
     else:
-        require(model is None, "--model", model, "given alone", "leave out --documents")
+        require(model is None, "--model", str(model), "given alone", "leave out --documents")
         made = train_tokenizer_on(documents or Path("data/documents"), out, vocab_size)
     console.print(f"{made.vocab_size:,} pieces in [bold]{out}[/bold]")
 
@@ -84,7 +87,9 @@ def tokenize(
     tokenizer: Path = Path("data/tokenizer"),
     out: Path = Path("data/tokens"),
 ) -> None:
-    """Write curated documents as token shards, by source and quality bucket, with a held-out part.
+    """Write curated documents as token shards.
+
+    They lie by source and by quality, each with a part that is held out.
 
     Args:
         documents: curated documents.

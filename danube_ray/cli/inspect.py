@@ -35,7 +35,9 @@ def inspect(
     count: int = 5,
     full: bool = False,
 ) -> None:
-    """Show what a curation kept and dropped, document by document, and why; without options, an overview.
+    """Show what a curation kept and dropped, document by document.
+
+    Without options, an overview.
 
     Args:
         folder: what `danube curate` wrote, or a run's folder.

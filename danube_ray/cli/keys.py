@@ -15,7 +15,9 @@ def keys(
     requests_per_minute: int | None = None,
     concurrent_requests: int | None = None,
 ) -> None:
-    """Make an API key for `danube serve`, and print it: it is shown this once, only its hash is kept.
+    """Make an API key for `danube serve`, and print it.
+
+    It is shown this once: only its hash is kept.
 
     Args:
         name: whose key it is; logs and limits go by it.

@@ -28,6 +28,8 @@ def print_table(rows: Sequence[Row]) -> None:
     if timed := {row["speed_threads"] for row in rows if row.get("speed_threads")}:
         threads = f"{', '.join(map(str, sorted(timed)))} thread{'s' * (timed != {1})}"
         console.print(f"[dim]Tokens a second are of one sequence on {threads}.[/dim]")
+    if spared := [row["level"] for row in rows if row.get("imatrix")]:
+        console.print(f"[dim]Rounded by an importance matrix: {', '.join(spared)}.[/dim]")
     if short := [f"{row['level']} {len(row['fallbacks'])}" for row in rows if row["fallbacks"]]:
         console.print(f"[dim]Tensors in a wider type, their rows too short for the level's: {', '.join(short)}.[/dim]")
     if scored := [row for row in rows if row.get("tasks")]:

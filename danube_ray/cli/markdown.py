@@ -7,7 +7,6 @@ from collections.abc import Iterable
 
 from rich.console import Console, RenderableType
 from rich.live import Live
-from rich.markdown import Markdown
 from rich.text import Text
 
 FENCE = re.compile(r"^ {0,3}(```|~~~)", re.MULTILINE)
@@ -26,6 +25,12 @@ def split_blocks(text: str) -> tuple[str, str]:
         if len(FENCE.findall(text, 0, match.start())) % 2 == 0:
             cut = match.end()
     return text[:cut], text[cut:]
+
+
+def markdown(text: str) -> RenderableType:
+    from rich.markdown import Markdown  # takes a tenth of what `danube --help` may
+
+    return Markdown(text)
 
 
 def show(console: Console, pieces: Iterable[str]) -> str:
@@ -76,17 +81,17 @@ class _Terminal:
         rest, self._open = self._open, ""
         self._live.stop()
         if rest.strip():
-            self._console.print(Markdown(rest))
+            self._console.print(markdown(rest))
 
     def add(self, piece: str) -> None:
         whole, self._open = split_blocks(self._open + printable(piece))
         if whole:
-            self._console.print(Markdown(whole))
+            self._console.print(markdown(whole))
 
     def _draw(self) -> RenderableType:
         """The open block; of a long one the end, which is where things happen."""
         room = self._console.width * max(1, self._console.height - 4)
-        return Markdown(self._open) if len(self._open) < room else Text(self._open[-room // 2 :])
+        return markdown(self._open) if len(self._open) < room else Text(self._open[-room // 2 :])
 
 
 class Stopped(Exception):

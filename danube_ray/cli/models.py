@@ -20,10 +20,11 @@ def remap(
     sliding_window: int | None = None,
     seed: int = 1234,
 ) -> None:
-    """Carry a Hugging Face folder over to another tokenizer, so that `danube pretrain --init-from` goes on with it.
+    """Carry a model over to another tokenizer, to train it further.
 
-    Rows of embedding and head follow their piece; all other weights stay. The defaults are Danube2's: pieces that are
-    new begin at random, the sliding window is turned off, the context is 8,192 tokens.
+    `danube pretrain --init-from` goes on with it. Rows of embedding and head follow their piece; all other weights
+    stay. The defaults are Danube2's: pieces that are new begin at random, the sliding window is turned off, the context
+    is 8,192 tokens.
 
     Args:
         model: the Hugging Face folder.
@@ -57,32 +58,43 @@ def evaluate(
     tokens: Path | None = None,
     out: Path = Path("runs/evaluation"),
     num_workers: int = 1,
+    gpus_per_worker: float = 0,
     limit: int | None = None,
 ) -> None:
-    """Score a Hugging Face folder: multiple-choice tasks by lm-eval, perplexity on held-out tokens.
+    """Score a model: tasks by lm-eval, perplexity on held-out tokens.
 
     Args:
         model: the Hugging Face folder.
         tasks: NAME=FILE each, rows {"question", "choices", "answer"} as JSON lines or a JSON list.
         tokens: a tokens folder; its held-out part is scored.
         out: where results go.
-        num_workers: Ray actors that share the requests, each with a copy of the model.
+        num_workers: Ray actors that share the tasks' requests, each with a copy of the model.
+        gpus_per_worker: GPUs of each, such as 1 or 0.5; 0 computes on CPUs.
         limit: documents a task.
     """
+    import torch
+
     from danube_ray.artifacts import write_json
     from danube_ray.evaluate.harness import multiple_choice_task
     from danube_ray.evaluate.perplexity import held_out_perplexity
     from danube_ray.runtime.evaluation import evaluate as run_tasks
 
-    require(bool(tasks) or tokens is not None, "--tasks and --tokens", None, "one or both")
+    require(bool(tasks) or tokens is not None, "--tasks and --tokens", "neither", "one or both")
+    require((model / "config.json").is_file(), "model", str(model), "a Hugging Face folder, with its config.json")
+    require(limit is None or limit > 0, "--limit", limit, "at least 1")
+    require(num_workers > 0, "--num-workers", num_workers, "at least 1")
+    require(gpus_per_worker >= 0, "--gpus-per-worker", gpus_per_worker, "0 or more")
+    loaded = [multiple_choice_task(*pair) for pair in named_paths(tasks).items()] if tasks else []
     if tokens is not None:
-        by_source = held_out_perplexity(model, tokens)
+        device = "cuda" if gpus_per_worker and torch.cuda.is_available() else "cpu"  # a cluster's head may have none
+        by_source = held_out_perplexity(model, tokens, device=device)
         for source, result in by_source.items():
             console.print(f"{source}: perplexity {result.value:.2f} ± {result.error:.2f} on {result.tokens:,} tokens")
         write_json(out / "perplexity.json", {name: dataclasses.asdict(result) for name, result in by_source.items()})
-    if tasks:
-        loaded = [multiple_choice_task(name, file) for name, file in named_paths(tasks).items()]
-        rows = run_tasks(model, loaded, out / "results.json", num_workers=num_workers, limit=limit)
+    if loaded:
+        rows = run_tasks(
+            model, loaded, out / "results.json", num_workers=num_workers, gpus_per_worker=gpus_per_worker, limit=limit
+        )
         for row in rows:
             console.print(
                 f"{row['task']} {row['metric']}: {row['value']:.3f} ± {row['stderr'] or 0:.3f} (n={row['n']})"

@@ -12,8 +12,10 @@ from rich.table import Table
 from danube_ray.planner import GIB, PUBLISHED, Comparison, Memory, Plan, StagePlan, StepTime
 from danube_ray.planner.coefficients import used
 from danube_ray.planner.hardware import USABLE
+from danube_ray.report.units import short_count
 
 GB = 1e9
+PADDING_WORTH_SAYING = 0.05
 PARALLELISM_NAMES = {"ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
 
 
@@ -25,6 +27,7 @@ def page(plan: Plan, compared: Sequence[Comparison]) -> Iterator[RenderableType]
     yield cost_table(plan)
     yield time_table(plan)
     yield verdict(plan)
+    yield from padding(plan)
     yield from accuracy(plan, compared)
     yield coefficient_table(plan)
 
@@ -41,7 +44,7 @@ def heading(plan: Plan) -> str:
         )
     )
     return (
-        f"[bold]{run.name}[/bold]: {run.model.num_parameters:,} parameters, {run.total_tokens / 1e9:,.1f}B tokens, "
+        f"[bold]{run.name}[/bold]: {run.model.num_parameters:,} parameters, {short_count(run.total_tokens)} tokens, "
         f"{run.global_batch_tokens:,} a step, on {plan.num_gpus} x {plan.gpu.name}\n{mode}\n"
         "Estimates by formula, for GPUs only: below is what they rest on and how far off they are."
     )
@@ -81,7 +84,7 @@ def cost_table(plan: Plan) -> Group:
     price = f"${plan.gpu.price_per_hour:.2f} a GPU hour ({plan.gpu.price_source})"
     table = table_of("stage")
     heads = (
-        "tokens, B",
+        "tokens",
         "sequence",
         "GFLOP a token",
         "tokens/s a GPU",
@@ -95,7 +98,7 @@ def cost_table(plan: Plan) -> Group:
     for stage in plan.stages:
         table.add_row(
             stage.stage.name,
-            f"{stage.stage.tokens / 1e9:,.1f}",
+            short_count(stage.stage.tokens),
             f"{stage.work.sequence_length:,}",
             f"{stage.flops_per_token / 1e9:.2f}",
             f"{stage.tokens_per_s / plan.num_gpus:,.0f}",
@@ -105,7 +108,7 @@ def cost_table(plan: Plan) -> Group:
             f"{stage.cost:,.0f}",
         )
     speed = plan.run.total_tokens / (plan.days * 86_400)
-    total = f"{plan.run.total_tokens / 1e9:,.1f}", "", "", f"{speed / plan.num_gpus:,.0f}", f"{speed:,.0f}", ""
+    total = short_count(plan.run.total_tokens), "", "", f"{speed / plan.num_gpus:,.0f}", f"{speed:,.0f}", ""
     table.add_section()
     table.add_row("all", *total, f"{plan.days:,.2f}", f"{plan.cost:,.0f}", style="bold")
     return Group(titled(f"Speed and cost at {price}"), table)
@@ -134,6 +137,17 @@ def verdict(plan: Plan) -> str:
         f"[bold red]It does not fit[/bold red] ({stages}). The fastest way that does, by this formula: "
         f"[bold]{' '.join(plan.remedy.options)}[/bold], {plan.remedy.days:,.1f} days"
     )
+
+
+def padding(plan: Plan) -> Iterator[str]:
+    """What it costs that a batch's windows don't divide by the GPUs, where that is much."""
+    padded = [stage for stage in plan.stages if stage.padding_share > PADDING_WORTH_SAYING]
+    if padded:
+        shares = ", ".join(f"{stage.padding_share:.0%} in stage {stage.stage.name}" for stage in padded)
+        yield (
+            f"[bold]Padding[/bold] is part of the work ({shares}): a batch's windows don't divide by {plan.num_gpus:,} "
+            "GPUs. Take fewer of them, or a larger --global-batch-tokens."
+        )
 
 
 def accuracy(plan: Plan, compared: Sequence[Comparison]) -> Iterator[RenderableType]:
@@ -227,6 +241,7 @@ def stage_data(stage: StagePlan, num_gpus: int) -> dict[str, Any]:
         "mfu_of_bf16_peak": stage.mfu,
         "days": stage.days,
         "cost": stage.cost,
+        "padding_share": stage.padding_share,
         "fits": stage.fits,
         "memory": {**dataclasses.asdict(stage.memory), "total_bytes": stage.memory.total_bytes},
         "step_time": {**dataclasses.asdict(stage.step_time), "total_s": stage.step_time.total_s},

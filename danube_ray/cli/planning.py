@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from danube_ray.cli.console import console
+from danube_ray.cli.console import console, wide
 from danube_ray.config import RunConfig, require
 from danube_ray.presets import PRESETS
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).parents[2] / "tests" / "benchmarks" / "results"  # a checkout's
 DEFAULT_PRESET = "danube_1_8b"  # whose checkpoints and heads the doctor thinks of unless told otherwise
-WIDTH = 160  # what the plan's tables need, also where the output is no terminal
+WIDTH = 120  # what the plan's figures need: in a narrower terminal their lines wrap, where rich would cut them
 
 
 def plan(
@@ -31,7 +31,7 @@ def plan(
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
     results: Path = RESULTS,
 ) -> None:
-    """Estimate a run's memory, speed, days and cost on GPUs, stage by stage, before anything is launched.
+    """Estimate a run's memory, speed, days and cost beforehand.
 
     Args:
         run: the run.
@@ -51,13 +51,13 @@ def plan(
     if as_json:
         print(json.dumps(as_data(priced, compared), indent=2))
         return
-    wide = Console(width=max(console.width, WIDTH))
+    paper = Console(width=max(console.width, WIDTH))
     for part in page(priced, compared):
-        wide.print(part, "", highlight=False)
+        paper.print(part, "", highlight=False)
 
 
 def doctor(preset: str | None = None, folder: Path = Path()) -> None:
-    """Say what this machine can run, and what to install for the rest; with a preset, whether FP8 pays for it here.
+    """Say what this machine can run, and what to install for more.
 
     Args:
         preset: the model to have in mind; on a GPU with FP8, its linears are measured in bf16 and FP8.
@@ -76,10 +76,9 @@ def doctor(preset: str | None = None, folder: Path = Path()) -> None:
     table = Table("", "what", "found", "what to do", box=None)
     for check in findings:
         table.add_row(marks[check.ok], check.name, escape(check.found), escape(check.remedy))
-    wide = Console(width=max(console.width, WIDTH))
-    wide.print(table)
+    wide().print(table)
     if gain is not None:
-        wide.print("", gain_table(gain))
+        wide().print("", gain_table(gain))
 
 
 def gain_table(gain: Gain) -> Table:

@@ -46,11 +46,12 @@ def train(
         encoder_share=encoder_share,
         always_ask_encoder=always_ask_encoder,
     )
+    good_text, raw_text = named_places(good), named_places(raw)
     with Bars(console=console, transient=True) as bars:
         bar = bars.add_task("reading", total=None)
         quality.train(
-            named_places(good),
-            named_places(raw),
+            good_text,
+            raw_text,
             out,
             settings,
             on_progress=lambda step, done, total: bars.update(bar, description=step, completed=done, total=total),
@@ -76,5 +77,5 @@ VERBS: dict[str, Callable[..., None]] = {"train": train, "show": show}
 
 
 def quality(arguments: list[str]) -> None:
-    """Train the models that tell good text from raw (`danube quality train`), or show their card."""
+    """Train models that tell good text from raw, or show their card."""
     tyro.extras.subcommand_cli_from_dict(VERBS, args=arguments, prog="danube quality", description=quality.__doc__)

@@ -29,11 +29,11 @@ def serve(
     config: Path | None = None,
     write_config: Path | None = None,
 ) -> None:
-    """Serve models on Ray Serve: the OpenAI API under /v1, a chat page at /, Prometheus' metrics at /metrics.
+    """Serve models: an OpenAI API, and a chat page.
 
-    GGUF files run in llama.cpp on CPUs, Hugging Face folders in vLLM on GPUs. The options are the same for each of
-    MODELS; a configuration file holds them by model. kill -HUP reads that file again and redeploys what has changed;
-    answers under way end whole.
+    The API is under /v1, the page at /, Prometheus' metrics at /metrics. GGUF files run in llama.cpp on CPUs, Hugging
+    Face folders in vLLM. The options are the same for each of MODELS; a configuration file holds them by model.
+    kill -HUP reads that file again and redeploys what has changed; answers under way end whole.
 
     Args:
         models: NAME=PATH each, or PATH alone for the name of the file.

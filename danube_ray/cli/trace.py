@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from danube_ray.artifacts import MANIFEST, ArtifactError, read_json, read_manifest
-from danube_ray.cli.console import Positional, console
-from danube_ray.config import LoopConfig, ModelConfig, RunConfig, StageConfig, require
+from danube_ray.cli.console import Positional, console, stored_run
+from danube_ray.config import RunConfig, require
 
 if TYPE_CHECKING:
     from danube_ray.data.plan import MixturePlan
@@ -36,7 +36,7 @@ def trace(
     rows: int = 40,
     json: bool = False,
 ) -> None:
-    """Name the documents and URLs of a training step's batch, or the steps that a document is in.
+    """Name a training step's documents, or the steps of a document.
 
     Args:
         run: a pretraining run's folder.
@@ -48,7 +48,8 @@ def trace(
         rows: at most so many documents, those with the most tokens, or steps, the first; 0 prints all.
         json: print each part of a document, or each step, as a line of JSON.
     """
-    require((step is None) != (id is None), "--step and --id", (step, id), "one of the two")
+    require(rows >= 0, "--rows", rows, "0 or more")
+    require((step is None) != (id is None), "--step and --id", "neither" if step is id else "both", "one of the two")
     traced = open_run(run)
     if id is not None:
         print_steps(traced, id, rows, json)
@@ -101,18 +102,7 @@ def open_run(folder: Path) -> Traced:
     from danube_ray.data.plan import MixturePlan
     from danube_ray.data.shards import open_sources, store_sizes
 
-    stored = read_json(folder / "config.json")
-    remedy = "a fine-tuning run reads conversations, which have no documents"
-    require(stored.get("kind") == "pretrain", f"kind of {folder}", stored.get("kind"), "'pretrain'", remedy)
-    config = RunConfig(
-        name=stored["name"],
-        model=ModelConfig(**stored["model"]),
-        stages=tuple(StageConfig(**stage) for stage in stored["stages"]),
-        global_batch_tokens=stored["global_batch_tokens"],
-        loop=LoopConfig(seed=stored["loop"]["seed"]),
-        tokenizer=stored.get("tokenizer"),
-        tokens_dir=stored["tokens_dir"],
-    )
+    config = stored_run(folder)
     sources = open_sources(Path(config.tokens_dir))
     plan = MixturePlan(config, store_sizes(sources))
     committed = sorted((folder / "checkpoints").glob(f"step-*/{MANIFEST}"))

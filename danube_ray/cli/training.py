@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
+from rich.markup import escape
+from rich.table import Table
 
-from danube_ray.artifacts import ArtifactError
-from danube_ray.cli.console import Positional, console, print_report
-from danube_ray.config import DpoConfig, FinetuneConfig, RunConfig
+from danube_ray.artifacts import ArtifactError, read_json
+from danube_ray.cli.console import Positional, console, print_report, stored_run
+from danube_ray.config import DpoConfig, FinetuneConfig, RunConfig, require
 
 Config = TypeVar("Config")
-STOPPED = 128 + 15  # what a shell reports of a process that SIGTERM ended
 # The fields of a verb's configuration are its options: `--optimizer.learning-rate`, not `--run.optimizer.…`.
 Unprefixed = Annotated[Config, tyro.conf.arg(name="")]
 
 
 def pretrain(run: Unprefixed[RunConfig]) -> None:
-    """Pretrain a preset, or go on with a stopped run: `danube pretrain nano --optimizer.learning-rate 1e-3`."""
+    """Pretrain a preset, or go on with the stopped run of that name."""
     from danube_ray.runtime import training
     from danube_ray.train.progress import Progress
 
@@ -33,37 +35,58 @@ def pretrain(run: Unprefixed[RunConfig]) -> None:
 def search(
     run: Unprefixed[RunConfig], trials: int = 8, max_concurrent: int = 2, out: Path = Path("runs/search")
 ) -> None:
-    """Search learning rate and weight decay on a proxy preset: Optuna proposes, ASHA stops what falls behind."""
+    """Search learning rate and weight decay on a small preset.
+
+    Optuna proposes, ASHA stops what falls behind.
+
+    Args:
+        run: the run that every trial varies.
+        trials: runs to try.
+        max_concurrent: trials at once, as far as there are CPUs.
+        out: where trials.json goes, best first.
+    """
     from danube_ray.runtime import tuning
     from danube_ray.search.studies import Study
 
-    for trial in tuning.search(run, Study(num_trials=trials, max_concurrent=max_concurrent), out):
-        loss = "failed" if trial.loss is None else f"{trial.loss:.4f}"
-        console.print(loss, *(f"{name} {value:.3g}" for name, value in trial.config.items()))
-    console.print(f"trials in [bold]{out}[/bold]")
+    found = tuning.search(run, Study(num_trials=trials, max_concurrent=max_concurrent), out)
+    table = Table("validation loss", "steps", *found[0].config, box=None)
+    for trial in found:
+        loss = escape(trial.error or "failed") if trial.loss is None else f"{trial.loss:.4f}"
+        table.add_row(loss, f"{trial.steps:,}", *(f"{value:.3g}" for value in trial.config.values()))
+    console.print(table)
+    print_report(out)
 
 
 def export(run: Positional[Path], tokenizer: Path, out: Path) -> None:
-    """Export a pretraining run's newest checkpoint as a Hugging Face folder with its tokenizer and chat template.
+    """Export a pretraining run's newest checkpoint for Hugging Face.
+
+    The folder has weights, tokenizer and chat template: transformers, vLLM and llama.cpp open it unchanged.
 
     Args:
         run: the run's folder.
         tokenizer: the folder of the tokenizer its shards were made with.
         out: the Hugging Face folder to write.
     """
+    from danube_ray.data.tokenizer import Tokenizer
     from danube_ray.train.checkpoint import newest_verified
-    from danube_ray.train.export import export_checkpoint, model_of_run
+    from danube_ray.train.export import export_checkpoint
 
+    model = stored_run(run).final_model
+    made_by = Tokenizer.load(tokenizer).sha256
     checkpoint = newest_verified(run / "checkpoints")
     if checkpoint is None:
-        raise ArtifactError(f"{run} has no verified checkpoint: is it a run's folder, and has it saved one yet?")
-    console.print(f"model in [bold]{export_checkpoint(checkpoint, model_of_run(run), tokenizer, out)}[/bold]")
+        raise ArtifactError(f"{run} has no verified checkpoint: has it saved one yet?")
+    trained_with = read_json(checkpoint / "state.json")["identity"]["tokenizer"]
+    require(made_by == trained_with, "--tokenizer", str(tokenizer), f"the tokenizer of the shards that {run} read")
+    folder = export_checkpoint(checkpoint, model, tokenizer, out)
+    console.print(f"model of {checkpoint.name} in [bold]{folder}[/bold]")
 
 
 def sft(config: Unprefixed[FinetuneConfig]) -> None:
-    """Fine-tune a Hugging Face folder on conversations, prompts masked, and export the result to RUN/model.
+    """Fine-tune a model on conversations, and export it to RUN/model.
 
-    Under LoRA the model is the merged one, and the adapter alone is exported to RUN/adapter beside it.
+    Prompts are masked. Under LoRA the model is the merged one, and the adapter alone is exported to RUN/adapter beside
+    it.
     """
     from danube_ray.runtime import training
 
@@ -71,9 +94,10 @@ def sft(config: Unprefixed[FinetuneConfig]) -> None:
 
 
 def dpo(config: Unprefixed[DpoConfig]) -> None:
-    """Tune a Hugging Face folder on preference pairs with LoRA; export the merged model and the adapter.
+    """Align a model on preference pairs (DPO), with LoRA.
 
-    They come to RUN/model and RUN/adapter; `danube serve BASE --adapters NAME=RUN/adapter` serves the base with it.
+    The merged model comes to RUN/model, the adapter to RUN/adapter; `danube serve BASE --adapters NAME=RUN/adapter`
+    serves the base with it.
     """
     from danube_ray.runtime import training
 
@@ -82,14 +106,14 @@ def dpo(config: Unprefixed[DpoConfig]) -> None:
 
 @contextmanager
 def saved_when_stopped() -> Iterator[None]:
-    """A run that SIGTERM ended has saved itself: say so, and exit as a process does that the signal ended."""
+    """A run that SIGTERM or Ctrl-C ended has saved itself: say so, and exit as a process does that the signal ended."""
     from danube_ray.train.faults import RunStopped
 
     try:
         yield
     except RunStopped as stopped:
         console.print(f"saved and stopped: {stopped}; the same command goes on", highlight=False, soft_wrap=True)
-        raise SystemExit(STOPPED) from None
+        raise SystemExit(128 + (signal.SIGINT if str(stopped).endswith("SIGINT") else signal.SIGTERM)) from None
 
 
 def finetune(config: Any, train: Callable[..., Path]) -> None:

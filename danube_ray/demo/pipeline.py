@@ -18,10 +18,10 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from danube_ray.artifacts import read_json, read_json_lines, read_manifest, write_json
-from danube_ray.config import DpoConfig, FinetuneConfig, LoraConfig, OptimizerConfig, RunConfig, to_dict
+from danube_ray.config import DpoConfig, FinetuneConfig, LoraConfig, OptimizerConfig, RunConfig, require, to_dict
 from danube_ray.demo.steps import Steps
 from danube_ray.presets import PRESETS
-from danube_ray.report import write_report
+from danube_ray.report.page import write_report
 
 if TYPE_CHECKING:
     from danube_ray.config import ServedModel
@@ -41,8 +41,8 @@ class Demo:
     """One run of the pipeline under `root`. `text` None takes what every machine with Python has."""
 
     def __init__(self, root: Path, text: Path | None, console: Console) -> None:
+        require(text is None or text.exists(), "--text", str(text), "a file or folder that exists")
         self.root, self.text, self.console = root.resolve(), text, console
-        self.root.mkdir(parents=True, exist_ok=True)
         self.cluster = ExitStack()
         self.steps = Steps(self.root, console)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from danube_ray.artifacts import content_hash, read_json, write_json
+from danube_ray.artifacts import ArtifactError, content_hash, read_json, write_json
 
 STEPS = "steps.json"
 
@@ -33,11 +33,17 @@ class StepRecord:
 
 
 class Steps:
-    """Runs steps in order under one folder. A step's inputs include those of every step before it."""
+    """Runs steps in order under one folder, new or of an earlier run: what stands in a step's way there is removed.
+
+    A step's inputs include those of every step before it.
+    """
 
     def __init__(self, root: Path, console: Console) -> None:
         self.root, self.console = root, console
         self.file = root / STEPS
+        if root.exists() and not self.file.is_file() and (not root.is_dir() or any(root.iterdir())):
+            raise ArtifactError(f"{root} holds something else, which would be lost: choose another folder")
+        root.mkdir(parents=True, exist_ok=True)
         self.before = {row["name"]: StepRecord(**row) for row in read_json(self.file)} if self.file.is_file() else {}
         self.done: list[StepRecord] = []
 

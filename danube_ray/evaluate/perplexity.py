@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from danube_ray.artifacts import read_manifest
 from danube_ray.config import require
 from danube_ray.data.shards import open_validation
+from danube_ray.data.tokenizer import MODEL_FILE, Tokenizer
 from danube_ray.inference.huggingface import HuggingFaceModel
 from danube_ray.inference.protocol import LanguageModel
 from danube_ray.inference.scoring import token_mean, windows
@@ -64,11 +66,18 @@ def perplexity(model: LanguageModel, tokens: np.ndarray, context: int, batch_siz
     return Perplexity(value.value, value.error, loss.value, loss.error, sum(counts))
 
 
-def held_out_perplexity(model_folder: Path, tokens_dir: Path, context: int = 512) -> dict[str, Perplexity]:
-    """Perplexity of a Hugging Face folder on each source's held-out tokens, in windows of `context` or what it has."""
-    model = HuggingFaceModel(model_folder)
+def held_out_perplexity(
+    model_folder: Path, tokens_dir: Path, context: int = 512, device: str = "cpu"
+) -> dict[str, Perplexity]:
+    """Perplexity of a Hugging Face folder on each source's held-out tokens, in windows of `context` or what it has.
+
+    `ConfigError` where they were made with another tokenizer than lies beside the weights.
+    """
+    stores, tokenizer = open_validation(tokens_dir), model_folder / MODEL_FILE
+    if tokenizer.is_file():
+        made_with, own = read_manifest(tokens_dir)["tokenizer_sha256"], Tokenizer.load(tokenizer).sha256
+        remedy = "write the tokens with the model's own tokenizer"
+        require(made_with == own, f"tokenizer of {tokens_dir}", made_with, f"the model's, {own}", remedy)
+    model = HuggingFaceModel(model_folder, device=device)
     length = min(context, model.context_length)
-    return {
-        source: perplexity(model, store.read(0, store.num_tokens), length)
-        for source, store in open_validation(tokens_dir).items()
-    }
+    return {source: perplexity(model, store.read(0, store.num_tokens), length) for source, store in stores.items()}

@@ -53,6 +53,12 @@ class StagePlan:
     def flops_per_token(self) -> float:
         return self.work.model.flops_per_token(self.work.sequence_length)
 
+    @property
+    def padding_share(self) -> float:
+        """Of what the GPUs compute, where the batch's windows don't divide by them."""
+        batch_tokens = self.tokens_per_s * self.step_time.total_s
+        return max(0.0, 1 - batch_tokens / (self.work.tokens * self.work.num_gpus))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:

@@ -95,6 +95,8 @@ def summary(run: RunArtifacts) -> str:
         names = [POSTTRAINING_TITLES.get(name, "Training") for name in run.posttraining]
         if not names and run.quantization:
             return f"What {len(run.quantization)} quantized levels of a model cost, and what they save."
+        if not names and run.trials:
+            return f"A search of {len(run.trials)} trials."
         return f"{' and '.join(names)}." if names else ""
     parameters = run.pretraining.num_parameters
     model = f"A model of {units.count(parameters)} parameters" if parameters else "A model"
@@ -128,6 +130,9 @@ def headline(run: RunArtifacts) -> list[tuple[str, str, str]]:
             tiles.append(("speed", f"{units.count(speeds[len(speeds) // 2])}/s", "tokens, median of steps"))
         if used := sorted(row["mfu"] for row in training.train if row.get("mfu")):
             tiles.append(("utilisation", units.percent(used[len(used) // 2]), "model FLOP of the bf16 peak"))
+    losses = [trial["loss"] for trial in run.trials if finite(trial["loss"])]
+    if losses and not tiles:  # the folder of a search alone
+        tiles.append(("best validation loss", units.decimal(min(losses)), "nats a token"))
     if run.steps:
         total_s = sum(step.get("seconds") or 0 for step in run.steps)
         skipped = sum(bool(step.get("skipped")) for step in run.steps)
@@ -224,12 +229,14 @@ def search(trials: list[Row]) -> dict[str, Any]:
     varied = [name for name in names if any(value != values[name][0] for value in values[name])] or names
     ranked = sorted(trials, key=lambda trial: trial["loss"] if finite(trial["loss"]) else math.inf)
     return {
-        "settings": [name.replace("_", " ") for name in varied],
+        "settings": [name if "." in name else name.replace("_", " ") for name in varied],
         "fixed": [units.fact(name, values[name][0]) for name in names if name not in varied],
         "trials": [
             {
                 "values": [setting(trial["config"].get(name)) for name in varied],
                 "loss": trial["loss"] if finite(trial["loss"]) else None,
+                "steps": trial.get("steps"),
+                "error": trial.get("error"),
                 "place": (trial["loss"] - best) / ((worst - best) or 1) if finite(trial["loss"]) else None,
             }
             for trial in ranked

@@ -83,7 +83,12 @@ def superscript(value: int) -> str:
 
 
 def percent(share: float | None, decimals: int = 1) -> str:
-    return MISSING if share is None else f"{100 * share:.{decimals}f}\N{NARROW NO-BREAK SPACE}%"
+    """A share as 12.3 %; one that would round to nothing, though it is something, keeps a digit: 0.02 %."""
+    if share is None:
+        return MISSING
+    rounded = f"{100 * share:.{decimals}f}"
+    number = rounded if float(rounded) or not share else significant(100 * share, 1)
+    return f"{number}\N{NARROW NO-BREAK SPACE}%"
 
 
 def fact(name: str, value: Any) -> tuple[str, str]:

@@ -15,8 +15,11 @@ import ray.util
 from ray.exceptions import RayTaskError
 
 OBJECT_STORE_BYTES = 256 * 2**20
-# Serve's proxy speaks gRPC with the gate: as Ray objects, messages cost about three times as much. Nodes read it once.
-SERVE_ENVIRONMENT = {"RAY_SERVE_PROXY_USE_GRPC": "1"}
+# Nodes read it once. Serve's proxy speaks gRPC with the gate: as Ray objects, messages cost about three times as much.
+SERVE_ENVIRONMENT = {
+    "RAY_SERVE_PROXY_USE_GRPC": "1",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "danube_ray.serve.proxy.middlewares",
+}
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from danube_ray.artifacts import complete_once
-from danube_ray.config import RunConfig, to_dict
+from danube_ray.config import RunConfig, require, to_dict
 from danube_ray.runtime.session import session
 from danube_ray.search.proxies import override
 from danube_ray.search.studies import Study, Trial, read_trials, write_trials
@@ -55,10 +55,11 @@ def run_trials(run: RunConfig, study: Study, folder: Path) -> list[Trial]:
         place = folder / "trials" / tune.get_context().get_trial_id()
         fit(PretrainTask(proxy), place, proxy.loop, proxy.optimizer, TrialContext())
 
-    cpus = int(ray.cluster_resources().get("CPU", 1))
-    concurrent = max(1, min(study.max_concurrent, cpus // run.loop.cpus_per_worker))
+    cpus, each = int(ray.cluster_resources().get("CPU", 0)), run.loop.cpus_per_worker
+    require(each <= cpus, "LoopConfig.cpus_per_worker", each, f"at most the {cpus} CPUs of this cluster")
+    concurrent = min(study.max_concurrent, cpus // each)
     on_gpu = ray.cluster_resources().get("GPU", 0) >= concurrent
-    resources: dict[str, float] = {"cpu": run.loop.cpus_per_worker, "gpu": 1 if on_gpu else 0}
+    resources: dict[str, float] = {"cpu": each, "gpu": 1 if on_gpu else 0}
     # A search has a result, not a running commentary: Tune's new output prints a table even when told to be silent.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from danube_ray.artifacts import read_json
+from danube_ray.artifacts import ArtifactError, read_json
 from danube_ray.demo.steps import STEPS, Steps
 
 
@@ -33,6 +33,15 @@ class Pipeline:
         for name, settings in (("first", setting), ("second", "same")):
             steps.run(name, name.title(), settings, lambda name=name: make(name))
         return [record.skipped for record in steps.done]
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    """Its `first` would be removed."""
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ArtifactError, match="holds something else"):
+        Pipeline(tmp_path).run(1)
+    assert (tmp_path / "first" / "thesis.tex").exists()
 
 
 def test_a_finished_step_is_skipped_and_keeps_its_facts(tmp_path):

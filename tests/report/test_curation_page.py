@@ -14,7 +14,7 @@ from danube_ray.artifacts import ArtifactError, commit, read_json, write_json
 from danube_ray.config import HeuristicRules
 from danube_ray.curate.tables import CONTAMINATION, DOCUMENTS, DROPPED, QUARANTINE, TableWriter
 from danube_ray.report import curated as reading
-from danube_ray.report import samples, write_report
+from danube_ray.report import samples
 from danube_ray.report.curated import (
     ENOUGH_ROWS,
     ROWS_PER_GROUP,
@@ -27,6 +27,7 @@ from danube_ray.report.curated import (
 )
 from danube_ray.report.curation import write_curation_report
 from danube_ray.report.funnel import FAMILIES, funnel, losses, stage_of
+from danube_ray.report.page import write_report
 from danube_ray.report.samples import deciles, marked
 from tests.report.made_up_curation import ATTACK, DROPS, SOURCES, write_curation
 from tests.report.made_up_run import write_demo

@@ -13,7 +13,7 @@ import pytest
 
 from danube_ray.artifacts import ArtifactError, append_json_lines, write_json
 from danube_ray.config import FinetuneConfig, LoopConfig
-from danube_ray.report import write_report
+from danube_ray.report.page import write_report
 from danube_ray.report.run import read_run
 from tests.report.made_up_run import (
     RUN,
@@ -317,3 +317,17 @@ def test_a_browser_renews_the_page_where_its_reader_is(tmp_path: Path, monkeypat
         browser.wait(lambda: "step 80 of 160" in browser.text(".status")[0])
         assert browser.driver.execute_script("return window.scrollY") == 700
         assert browser.complaints() == []
+
+
+def test_a_search_alone_is_a_page(demo: Path) -> None:
+    page = read_page(demo / "search")
+    assert "A search of 4 trials." in page.text and "best validation loss" in page.text
+    assert page.sections == ["search"]
+
+
+def test_a_page_without_figures_has_no_empty_row_of_them(demo: Path) -> None:
+    write_json(
+        demo / "search" / "trials.json", [{"config": {"learning_rate": 0.1}, "loss": None, "error": "out of memory"}]
+    )
+    text = write_report(demo / "search").read_text()
+    assert '<dl class="tiles">' not in text and 'title="out of memory"' in text

@@ -78,6 +78,8 @@ def test_an_axis_places_its_ticks() -> None:
         (units.measured(1_234.5, 12.0), "1,234"),
         (units.measured(0.43751, None), "0.4375"),
         (units.percent(0.4331), "43.3\N{NARROW NO-BREAK SPACE}%"),
+        (units.percent(0.0), "0.0\N{NARROW NO-BREAK SPACE}%"),
+        (units.percent(1 / 6087), "0.02\N{NARROW NO-BREAK SPACE}%"),
     ],
 )
 def test_numbers_as_people_read_them(text: str, expected: str) -> None:

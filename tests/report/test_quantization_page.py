@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from danube_ray.artifacts import write_json
-from danube_ray.report import write_report
+from danube_ray.report.page import write_report
 from danube_ray.report.plot import Scale
 from danube_ray.report.quantization import label_box, overlap, place_labels, quantization, round_sizes
 from tests.report.test_page import Page, read_page
@@ -115,8 +115,10 @@ def test_scores_and_the_long_context_are_shown(tmp_path, rows):
         ]
         each["long_context"] = {"context": 8_192, "by_position": spans, "retrieval": cells, "found": found,
                                 "found_error": 0.02, "reference_found": 1.0, "chance": 0.1}  # fmt: skip
+    rows[4]["imatrix"] = "imatrix-1.gguf"
     page = written(tmp_path, rows)
     text = page.text.replace(" %", "%")
+    assert f"Rounded by an importance matrix: {rows[4]['level']}." in text
     assert "Q8_0 arc acc 0.610 ± 0.020 0.630 0.0200 ± 0.0040 500" in text
     assert "float model 100% 100% 100% F16 98% ± 2% 98% 98% Q4_K_M 80%" in text
     assert "hardly finds" not in text
