@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from danube_ray.serve.engines import Delta, EngineError, EngineRejected, Sampling, TokenLogprob
 
+ANY_OBJECT = '{"type": "object"}'
 TOKEN = "token_id:"  # what `return_tokens_as_token_ids` puts in front of an id, in the place of the token's text
 
 
@@ -34,17 +35,50 @@ def completion(prompt: Sequence[int], sampling: Sampling, model: str) -> dict[st
     if sampling.logprobs is not None:
         request |= {"logprobs": sampling.logprobs, "return_tokens_as_token_ids": True}
     if sampling.json_schema is not None:
-        request["structured_outputs"] = {"json": sampling.json_schema}
+        schema = sampling.json_schema if sampling.json_schema != "{}" else ANY_OBJECT  # to vLLM "{}" is any value
+        request["structured_outputs"] = {"json": schema}
     return request
 
 
 def scoring(prompt: Sequence[int], top: int, model: str) -> dict[str, Any]:
-    """The fields of a `CompletionRequest` for the log-probabilities of the prompt; vLLM can't draw no token at all."""
-    return {"model": model, "prompt": list(prompt), "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": top}
+    """The fields of a `CompletionRequest` for the log-probabilities of the prompt, of two tokens or more.
+
+    vLLM can't draw no token at all, so its last one is drawn: then a prompt as long as the context fits. What vLLM
+    tells of a drawn token is from before it was told that no other is allowed.
+    """
+    return {
+        "model": model,
+        "prompt": list(prompt[:-1]),
+        "max_tokens": 1,
+        "temperature": 0.0,
+        "allowed_token_ids": [prompt[-1]],
+        "prompt_logprobs": top,
+        "logprobs": top,
+        "return_tokens_as_token_ids": True,
+    }
 
 
-def deltas(events: Iterator[str], num_tokens: int = 0) -> Iterator[Delta]:
-    """What server-sent events of a stream tell, each as a delta, counted on from `num_tokens`."""
+def delta(events: Iterable[str], num_tokens: int, top: int | None) -> Delta | None:
+    """What server-sent events of a stream tell together, after `num_tokens`; None for no more than its end.
+
+    `top` is `Sampling.logprobs`. Of a stop text that is several tokens only the last one is not told.
+    """
+    text, reason, told = "", None, []
+    choices = list(chosen(events))
+    for choice in choices:
+        text += choice["text"]
+        num_tokens += len(choice.get("token_ids") or ())
+        reason = choice.get("finish_reason")
+        if reason not in (None, "stop", "length"):
+            raise EngineError(f"vLLM ended the answer with {reason!r}")
+        told += drawn(choice.get("logprobs"), top or 0)
+    if reason == "stop" and told:
+        told.pop()
+    return Delta(text, num_tokens, reason, tuple(told)) if choices else None
+
+
+def chosen(events: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The choices in server-sent events; an error among them is raised as what it means."""
     for event in events:
         for line in event.splitlines():
             data = line.removeprefix("data: ").strip()
@@ -53,32 +87,30 @@ def deltas(events: Iterator[str], num_tokens: int = 0) -> Iterator[Delta]:
             chunk = json.loads(data)
             if "error" in chunk:
                 raise failure(chunk["error"])
-            for choice in chunk["choices"]:
-                num_tokens += len(choice.get("token_ids") or ())
-                reason = choice.get("finish_reason")
-                if reason not in (None, "stop", "length"):
-                    raise EngineError(f"vLLM ended the answer with {reason!r}")
-                yield Delta(choice["text"], num_tokens, reason, tuple(drawn(choice.get("logprobs"))))
+            yield from chunk["choices"]
 
 
-def drawn(logprobs: Mapping[str, Any] | None) -> Iterator[TokenLogprob]:
-    """The tokens of one chunk's `logprobs`."""
+def drawn(logprobs: Mapping[str, Any] | None, top: int) -> Iterator[TokenLogprob]:
+    """The tokens of one choice's `logprobs`, where vLLM puts a drawn token beside the `top` likeliest."""
     if logprobs is None:
         return
-    tops = logprobs["top_logprobs"] or [None] * len(logprobs["tokens"])
-    for token, value, top in zip(logprobs["tokens"], logprobs["token_logprobs"], tops, strict=True):
-        likeliest = sorted(((token_id(name), other) for name, other in (top or {}).items()), key=lambda pair: -pair[1])
-        yield TokenLogprob(token_id(token), value, tuple(likeliest))
+    columns = logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"]
+    for token, value, others in zip(*columns, strict=True):
+        found = {token_id(name): other for name, other in others.items()}
+        yield TokenLogprob(token_id(token), value, likeliest(found, top))
 
 
-def scores(prompt: Sequence[int], places: Sequence[Mapping[Any, Any] | None], top: int) -> list[TokenLogprob]:
-    """A `CompletionResponse`'s `prompt_logprobs`: for each place the likeliest tokens and the one that stands there."""
+def scores(prompt: Sequence[int], choice: Mapping[str, Any], top: int) -> list[TokenLogprob]:
+    """The one choice of what `scoring` asked for: for each place the likeliest tokens and the one that stands there."""
     told = []
-    for token, place in zip(prompt[1:], places[1:], strict=True):
-        found = {int(other): value["logprob"] for other, value in (place or {}).items()}
-        likeliest = sorted(found.items(), key=lambda pair: -pair[1])[:top]
-        told.append(TokenLogprob(token, found[token], tuple(likeliest)))
-    return told
+    for token, place in zip(prompt[1:-1], choice["prompt_logprobs"][1:], strict=True):
+        found = {int(other): value["logprob"] for other, value in place.items()}
+        told.append(TokenLogprob(token, found[token], likeliest(found, top)))
+    return [*told, *drawn(choice["logprobs"], top)]
+
+
+def likeliest(found: Mapping[int, float], top: int) -> tuple[tuple[int, float], ...]:
+    return tuple(sorted(found.items(), key=lambda pair: -pair[1])[:top])
 
 
 def token_id(token: str) -> int:

@@ -1,98 +1,24 @@
-"""vLLM's replica over vLLM's and Ray's own classes; in the place of the GPU stands a script. Needs the extra `vllm`."""
+"""What is handed to vLLM, and what is refused before: any vLLM will do, no engine is started."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm", reason="needs danube-ray[vllm]")
 
-from ray.llm._internal.serve.core.configs.openai_api_models import ErrorInfo
-from ray.llm._internal.serve.core.engine.protocol import LLMEngine
-from ray.serve.llm.openai_api_models import CompletionRequest, CompletionResponse, ErrorResponse
-from vllm.entrypoints.openai.completion.protocol import (
-    CompletionLogProbs,
-    CompletionResponseStreamChoice,
-    CompletionStreamResponse,
-)
+from ray.serve.llm.openai_api_models import CompletionRequest
+from vllm.config.lora import LoRAConfig
+from vllm.platforms import current_platform
 
-from danube_ray.config import ServedModel
+from danube_ray.config import ConfigError, ServedModel
 from danube_ray.runtime.deployments import engine
-from danube_ray.runtime.vllm import VllmReplica, llm_config
-from danube_ray.serve.engines import Delta, EngineRejected, Sampling, TokenLogprob
+from danube_ray.runtime.vllm import VllmReplica, check, llm_config
+from danube_ray.serve.engines import Sampling
 from danube_ray.serve.vllm_format import completion, scoring
+from tests.adapters import tiny_adapter
 from tests.models import tiny_model
-
-
-class ScriptedEngine:
-    """Says the prompt back, a token a chunk, as vLLM's server would."""
-
-    def __init__(self, config: Any) -> None:
-        self.loaded: list[str] = []
-
-    async def start(self) -> None: ...
-
-    async def shutdown(self) -> None: ...
-
-    async def resolve_lora(self, adapter: Any) -> None:
-        self.loaded.append(adapter.model_id)
-
-    async def completions(self, request: CompletionRequest, _: Any = None) -> AsyncGenerator[Any, None]:
-        assert isinstance(request.prompt, list)
-        if request.prompt[0] == 0:
-            yield ErrorResponse(error=ErrorInfo(message="too long", type="BadRequestError", code=400))
-            return
-        if not request.stream:
-            places = [None, *({token: {"logprob": -0.5}} for token in request.prompt[1:])]
-            choice = {"index": 0, "text": "", "prompt_logprobs": places}
-            usage = {"prompt_tokens": 1, "total_tokens": 1}
-            yield CompletionResponse(model="m", choices=[choice], usage=usage)  # type: ignore[arg-type]
-            return
-        for number, token in enumerate(request.prompt, start=1):
-            reason = "length" if number == len(request.prompt) else None
-            name = f"token_id:{token}"
-            logprobs = CompletionLogProbs(tokens=[name], token_logprobs=[-1.0], top_logprobs=[{name: -1.0}])
-            choice = CompletionResponseStreamChoice(
-                index=0, text=f"{token} ", token_ids=[token], finish_reason=reason, logprobs=logprobs
-            )
-            yield f"data: {CompletionStreamResponse(model='m', choices=[choice]).model_dump_json()}\n\n"
-        yield "data: [DONE]\n\n"
-
-
-@pytest.fixture
-def replica(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> VllmReplica:
-    monkeypatch.setenv("RAYLLM_VLLM_ENGINE_CLS", f"{__name__}.ScriptedEngine")
-    model = ServedModel(weights=tiny_model(tmp_path / "model"), num_gpus=1)
-    replica = VllmReplica.__new__(VllmReplica)
-    asyncio.run(replica.__init__(llm_config("m", model, 64, {}), {"polite": tmp_path}))  # type: ignore[func-returns-value]
-    return replica
-
-
-def test_an_answer_streams(replica: VllmReplica):
-    async def ask() -> list[Delta]:
-        return [delta async for delta in replica.generate([4, 5], Sampling(max_tokens=2, logprobs=1))]
-
-    first, last = asyncio.run(ask())
-    assert first == Delta("4 ", 1, None, (TokenLogprob(4, -1.0, ((4, -1.0),)),))
-    assert (last.text, last.num_tokens, last.finish_reason) == ("5 ", 2, "length")
-    assert replica._server.engine.loaded == ["polite"]  # type: ignore[union-attr]
-
-
-def test_a_prompt_is_scored(replica: VllmReplica):
-    assert asyncio.run(replica.score([4, 5], 1, None)) == [TokenLogprob(5, -0.5, ((5, -0.5),))]
-
-
-def test_a_refusal_is_a_refusal(replica: VllmReplica):
-    async def ask() -> None:
-        async for _ in replica.generate([0], Sampling(max_tokens=1)):
-            pass
-
-    with pytest.raises(EngineRejected, match="too long"):
-        asyncio.run(ask())
 
 
 def test_every_field_that_is_sent_is_one_of_vllms():
@@ -103,14 +29,42 @@ def test_every_field_that_is_sent_is_one_of_vllms():
         CompletionRequest(**sent)
 
 
-def test_the_script_speaks_rays_protocol():
-    assert {"start", "completions", "resolve_lora"} <= set(dir(LLMEngine))
-
-
 @pytest.mark.ray
-def test_a_folder_is_deployed_with_its_gpus_and_a_file_without(ray_session: None, tmp_path: Path):
-    folder = ServedModel(weights=tiny_model(tmp_path / "model"), num_gpus=2, num_threads=3)
+@pytest.mark.parametrize("num_gpus", [0, 2])
+def test_a_folder_is_deployed_with_its_gpus_and_cpus(ray_session: None, tmp_path: Path, num_gpus: int):
+    folder = ServedModel(weights=tiny_model(tmp_path), num_gpus=num_gpus, num_threads=3)
     deployment = engine("m", folder, 64, {})._bound_deployment
     assert deployment.func_or_class is VllmReplica
     bundles = deployment._replica_config.placement_group_bundles
-    assert sum(bundle.get("GPU", 0) for bundle in bundles) == 2 and bundles[0]["CPU"] >= 3
+    assert bundles and sum(bundle.get("GPU", 0) for bundle in bundles) == num_gpus
+    assert bundles[0]["CPU"] == sum(bundle.get("CPU", 0) for bundle in bundles) == 3
+
+
+def test_an_adapters_rank_is_one_that_vllm_has(tmp_path: Path):
+    """Danube's DPO has rank 4; vLLM knows 1 and 8."""
+    adapter = tiny_adapter(tiny_model(tmp_path), tmp_path / "adapter", seed=1)
+    model = ServedModel(weights=tmp_path, num_gpus=1, adapters={"polite": adapter})
+    arguments = llm_config("m", model, 64, {}).engine_kwargs
+    assert arguments["max_lora_rank"] == 8
+    LoRAConfig(max_lora_rank=arguments["max_lora_rank"])
+
+
+def test_an_adapter_of_which_vllm_would_take_a_half_is_refused(tmp_path: Path):
+    adapter = tiny_adapter(tiny_model(tmp_path), tmp_path / "adapter", seed=1, alpha_pattern={"q_proj": 2})
+    model = ServedModel(weights=tmp_path, num_gpus=1, adapters={"polite": adapter})
+    with pytest.raises(ConfigError, match="alpha_pattern"):
+        check(model)
+
+
+def test_head_dims_that_its_cpu_kernels_lack_are_refused(tmp_path: Path):
+    """Danube3 4B's among them: such a model would load, and fail at the first request."""
+    if not current_platform.is_cpu():
+        pytest.skip("this vLLM is not built for CPUs")
+    with pytest.raises(ConfigError, match="head_dim"):
+        check(ServedModel(weights=tiny_model(tmp_path, hidden_size=480, head_dim=120)))
+
+
+def test_without_gpus_it_must_be_built_for_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+    with pytest.raises(ConfigError, match="not built for CPUs"):
+        check(ServedModel(weights=tmp_path))
