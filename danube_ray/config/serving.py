@@ -23,7 +23,7 @@ class EngineSettings:
             where that is shorter: llama.cpp attends to everything, the model never learnt to.
         num_slots: answers that one engine generates at the same time.
         num_threads: CPUs of one engine.
-        num_gpus: GPUs of one engine, for vLLM, which spreads a model over them.
+        num_gpus: GPUs of one engine, for vLLM, which spreads a model over them; 0 takes its build for CPUs.
         min_replicas: engines kept; 0 unloads an idle model, and the first request after that waits for it.
         max_replicas: engines under load.
         max_queued: requests that wait for a slot before others are sent away.
@@ -54,7 +54,7 @@ class EngineSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ServedModel(EngineSettings):
-    """One model: `weights` are a GGUF file (llama.cpp, on CPUs), or a Hugging Face folder (vLLM, on GPUs)."""
+    """One model: `weights` are a GGUF file (llama.cpp, on CPUs), or a Hugging Face folder (vLLM)."""
 
     weights: Path
 

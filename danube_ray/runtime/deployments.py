@@ -6,14 +6,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
 from dataclasses import replace
 from importlib import metadata
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import ray
@@ -31,16 +28,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from danube_ray.artifacts import content_hash
 from danube_ray.config import GateSettings, ServeConfig, ServedModel
-from danube_ray.quantize.adapter import convert_adapter
+from danube_ray.runtime.llamacpp import LlamaCppReplica
 from danube_ray.serve import guard
 from danube_ray.serve.engines import Delta, EngineBusy, EngineError, Sampling, TokenLogprob
 from danube_ray.serve.gate import ModelEntry, create_app
 from danube_ray.serve.keys import ENVIRONMENT
-from danube_ray.serve.llamacpp_engine import LlamaCppEngine
 
 DRAIN_MARGIN_S = 10.0  # beyond the longest answer, for a replica that must go
 DRAIN_POLL_S = 0.1  # how often it looks whether its answers have ended
 LOOK_BACK_S, MEASURE_S = 2.0, 1.0  # load is judged by its mean over this, measured so often
+MEASURE_UNLOADED_S = 0.1  # the same of a model that may be unloaded: who asks then waits for a measurement
 UPSCALE_DELAY_S = 0.5
 QUEUE_POLL_S = 0.05  # how often, at least, a request that waits looks for a free slot; Serve's default is 0.5
 HEALTH_CHECK_S = 1.0  # a dead replica is replaced when the next check finds it so; Serve's default is 10
@@ -48,40 +45,6 @@ LOG_BYTES = 64 * 2**20
 LOAD_TRIES = 2  # Serve would try a model that can't be loaded 20 times
 PACKAGE = metadata.version("danube-ray")  # another one is another version of every deployment
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
-
-
-class EngineReplica:
-    """A deployment's replica: one engine, fed through Serve, which cancels what the gate lets go of."""
-
-    def __init__(self, model: ServedModel, context_tokens: int) -> None:
-        began = time.perf_counter()
-        self._adapters = TemporaryDirectory(prefix="danube-adapters-")  # llama.cpp's form of them, while it runs
-        adapters = converted_adapters(model, Path(self._adapters.name))
-        self._engine = LlamaCppEngine(model.weights, context_tokens, model.num_slots, model.num_threads, adapters)
-        self._load_s = time.perf_counter() - began
-
-    async def load_s(self) -> float:
-        """How long loading took."""
-        return self._load_s
-
-    async def generate(self, prompt: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
-        async with aclosing(self._engine.generate(prompt, sampling)) as deltas:
-            async for delta in deltas:
-                yield delta
-
-    async def score(self, prompt: list[int], top: int, adapter: str | None) -> list[TokenLogprob]:
-        return await self._engine.score(prompt, top, adapter)
-
-    async def embed(self, prompt: list[int], adapter: str | None) -> list[float]:
-        return await self._engine.embed(prompt, adapter)
-
-
-def converted_adapters(model: ServedModel, folder: Path) -> dict[str, Path]:
-    """A GGUF file in `folder` of each of the model's adapters; `ConfigError` for one that is not the model's."""
-    return {
-        name: convert_adapter(adapter, model.weights, folder / f"{name}.gguf")
-        for name, adapter in model.adapters.items()
-    }
 
 
 class RemoteEngine:
@@ -228,7 +191,7 @@ def engine(name: str, model: ServedModel, context_tokens: int, shared: dict[str,
     """A model's deployment. Its version is all that a replica is made of; the rest changes while replicas run."""
     model = resolved(model)
     place: dict[str, Any] = {"ray_actor_options": {"num_cpus": model.num_threads}}
-    replica, arguments = EngineReplica, (model, context_tokens)
+    replica, arguments = LlamaCppReplica, (model, context_tokens)
     if model.weights.is_dir():
         from danube_ray.runtime import vllm  # an extra, and seconds of imports
 
@@ -259,7 +222,7 @@ def autoscaling(model: ServedModel) -> AutoscalingConfig:
         target_ongoing_requests=model.num_slots,
         upscale_delay_s=UPSCALE_DELAY_S,
         look_back_period_s=LOOK_BACK_S,
-        metrics_interval_s=MEASURE_S,
+        metrics_interval_s=MEASURE_S if model.min_replicas else MEASURE_UNLOADED_S,
         downscale_delay_s=delay_s,
         downscale_to_zero_delay_s=delay_s,
     )

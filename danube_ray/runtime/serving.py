@@ -7,13 +7,12 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
@@ -23,7 +22,8 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.context import _get_global_client
 
 from danube_ray.config import ConfigError, ServeConfig, require
-from danube_ray.runtime.deployments import QUIET, application, converted_adapters
+from danube_ray.quantize.adapter import check_adapters
+from danube_ray.runtime.deployments import QUIET, application
 from danube_ray.runtime.session import session
 from danube_ray.serve import files, guard
 from danube_ray.serve.gate import ModelEntry
@@ -56,14 +56,15 @@ def serve(config: ServeConfig, file: Path | None = None) -> None:
     already (another `danube serve` in the same cluster), this redeploys that one and returns.
     """
     with suppress(KeyboardInterrupt), cluster(config) as server:
+        if server.runs:
+            server.deploy()
+            models = ", ".join(config.models)
+            print(f"redeployed with {models}: {server.url} goes on until whoever started it ends it", flush=True)
+            return
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # after Ray, which has one of its own
         asked: SimpleQueue[None] = SimpleQueue()
         if file is not None:
             signal.signal(signal.SIGHUP, lambda *_: asked.put(None))
-        if server.runs:
-            server.deploy()
-            print(f"redeployed: {server.url} goes on until whoever started it ends it", flush=True)
-            return
         try:
             server.deploy()
             server.announce()
@@ -81,8 +82,10 @@ def serve(config: ServeConfig, file: Path | None = None) -> None:
 class Server:
     """The server of a cluster that has been joined: `config`, with the port that it really has."""
 
-    def __init__(self, config: ServeConfig, known: dict[str, ModelEntry], port: int, cpus: int | None) -> None:
-        self.asked, self.config, self.known, self.cpus = config, replace(config, port=port), known, cpus
+    def __init__(
+        self, config: ServeConfig, known: dict[str, ModelEntry], port: int, room: Mapping[str, float] | None
+    ) -> None:
+        self.asked, self.config, self.known, self.room = config, replace(config, port=port), known, room
         self.runs = APPLICATION in serve_details().get("applications", {})
         self._deployed: ray_serve.Application | None = None
 
@@ -96,9 +99,8 @@ class Server:
 
         `ConfigError` for a model that can't be loaded; then what this process deployed before runs again.
         """
-        wanted = sum(model.min_replicas * model.num_threads for model in self.config.models.values())
-        fits = self.cpus is None or wanted <= self.cpus
-        require(fits, "num_threads", wanted, f"at most {self.cpus} over all engines", "give each fewer")
+        if self.room is not None:
+            check_room(self.config, self.room)
         new = application(self.config, self.known)
         try:
             ray_serve.run(new, name=APPLICATION, route_prefix="/", logging_config=QUIET)
@@ -162,24 +164,36 @@ def cluster(config: ServeConfig) -> Iterator[Server]:
     joined = ray.is_initialized() or "RAY_ADDRESS" in os.environ
     port = config.port if joined else free_port(config.host, config.port)
     with session():
-        # A cluster of somebody's may grow on demand; ours can't, and would wait for CPUs for ever.
-        cpus = None if joined else int(ray.cluster_resources().get("CPU", 0))
+        # A cluster of somebody's may grow on demand; ours can't, and would wait for ever.
+        room = None if joined else ray.cluster_resources()
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        yield Server(config, known, listen(config.host, port), cpus)
+        yield Server(config, known, listen(config.host, port), room)
 
 
 def check(config: ServeConfig) -> dict[str, ModelEntry]:
     """What the gate must know of each model; `ConfigError` for what can't, or must not, be served."""
     guard.check_bind(config.host, config.gate)
     known = entries(config)
-    with TemporaryDirectory() as folder:
-        for name, model in config.models.items():
-            if model.weights.is_dir():
-                remedy = "pip install 'danube-ray[vllm]'"
-                require(find_spec("vllm") is not None, f"engine of {name}", "vLLM", "one that is installed", remedy)
-            else:
-                converted_adapters(model, Path(folder))
+    for name, model in config.models.items():
+        if model.weights.is_dir():
+            remedy = "pip install 'danube-ray[vllm]'; for CPUs `danube quantize` makes a GGUF file of it"
+            require(find_spec("vllm") is not None, f"engine of {name}", "vLLM", "one that is installed", remedy)
+            from danube_ray.runtime import vllm  # an extra, and seconds of imports
+
+            vllm.check(model)
+        else:
+            check_adapters(model.adapters, model.weights)
     return known
+
+
+def check_room(config: ServeConfig, room: Mapping[str, float]) -> None:
+    """`ConfigError` where a machine with these resources can't hold the engines that are kept, or one of the others
+    when it is asked for."""
+    for setting, resource in (("num_threads", "CPU"), ("num_gpus", "GPU")):
+        sizes = [(getattr(model, setting), model.min_replicas) for model in config.models.values()]
+        wanted = max(sum(size * number for size, number in sizes), *(size for size, _ in sizes))
+        allowed = f"at most {room.get(resource, 0):.0f}, over all engines that are kept and for each of the others"
+        require(wanted <= room.get(resource, 0), setting, wanted, allowed, "give each fewer")
 
 
 def listen(host: str, port: int) -> int:

@@ -98,7 +98,9 @@ def install(app: FastAPI) -> None:
             405: f"{request.url.path} does not take {request.method}",
             413: "the body is larger than this server takes",
         }
-        return answer(request, ApiError(error.status_code, messages.get(error.status_code, str(error.detail))))
+        response = answer(request, ApiError(error.status_code, messages.get(error.status_code, str(error.detail))))
+        response.headers.update(error.headers or {})  # which methods are allowed
+        return response
 
     for kind in (ApiError, EngineError, RequestValidationError):
         app.add_exception_handler(kind, answer)

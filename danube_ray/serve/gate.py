@@ -64,6 +64,7 @@ def create_app(
         return HTMLResponse(page, headers=page_headers)
 
     app.get("/health", responses=described(Health))(gate.health)
+    app.head("/health", include_in_schema=False)(gate.health)  # as load balancers ask
     app.get("/v1/models", responses=described(ModelList))(gate.list_models)
     app.get("/v1/models/{name:path}", responses=described(Model))(gate.show_model)
     app.post("/v1/chat/completions", responses=described(ChatCompletion, streams=True))(gate.chat)

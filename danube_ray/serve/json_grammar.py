@@ -13,11 +13,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-MAX_REPEATS = 1_000  # llama.cpp refuses more than 2,000, and each costs memory at every token
-MAX_RULES = 5_000
-# Every way in which an answer may go on costs time at every token: about 20 ns times the vocabulary, for all answers.
-MAX_CHOICES = 500
-MAX_OPTIONAL = 100
+from danube_ray.serve.json_schemas import MAX_BRANCHES, MAX_OPTIONAL, MAX_REPEATS, MAX_RULES
+
 TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 ANNOTATIONS = {
     *("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"),
@@ -110,7 +107,7 @@ class _Rules:
         _allow(schema, {"type"}.union(*(KEYWORDS.get(kind, ()) for kind in kinds)), where)
         makers = {"object": self.object, "array": self.array, "string": self.string, "integer": self.integer}
         makers["number"] = self.number
-        return _either([makers[kind](schema, where) if kind in makers else kind for kind in kinds], where)
+        return _either([makers[kind](schema, where) if kind in makers else kind for kind in kinds])
 
     def reference(self, pointer: Any, where: str) -> str:
         """The rule of a schema elsewhere in the same document."""
@@ -135,15 +132,16 @@ class _Rules:
         parts = schema[keyword]
         if not isinstance(parts, list) or not parts or (keyword == "allOf" and len(parts) > 1):
             raise UnsupportedSchema(f"{keyword} of {where} must be a list of schemas (allOf: of one)")
-        return _either([self.values(part, f"{where}, {keyword} {number}") for number, part in enumerate(parts)], where)
+        return _either([self.values(part, f"{where}, {keyword} {number}") for number, part in enumerate(parts)])
 
     def enumeration(self, schema: dict[str, Any], kinds: list[str], where: str) -> str:
-        _allow(schema, {"type", "enum", "const"}, where)
-        listed = [schema["const"]] if "const" in schema else schema["enum"]
+        keyword = "const" if "const" in schema else "enum"
+        _allow(schema, {"type", keyword}, where)
+        listed = [schema["const"]] if keyword == "const" else schema["enum"]
         fitting = [value for value in listed if _is_of(value, kinds)] if isinstance(listed, list) else []
         if not fitting:
             raise UnsupportedSchema(f"enum of {where} must be a list with a value of its type, it is {_shown(listed)}")
-        return self.rule(_either([_literal(value) for value in fitting], where))
+        return self.rule(_either([_literal(value) for value in fitting]))
 
     def object(self, schema: dict[str, Any], where: str) -> str:
         """Named properties in their order, those that are not required if the model likes. Where no names are given,
@@ -189,8 +187,8 @@ class _Rules:
     def integer(self, schema: dict[str, Any], where: str) -> str:
         """Between two bounds that are near, or at least 0 or 1: other bounds are no simple grammar."""
         least, most = schema.get("minimum"), schema.get("maximum")
-        if isinstance(least, int) and isinstance(most, int) and 0 <= most - least < MAX_CHOICES:
-            return self.rule(_either([f'"{number}"' for number in range(least, most + 1)], where))
+        if isinstance(least, int) and isinstance(most, int) and 0 <= most - least < MAX_BRANCHES:
+            return self.rule(_either([f'"{number}"' for number in range(least, most + 1)]))
         if most is not None or least not in (None, 0, 1):
             raise UnsupportedSchema(f"the bounds of {where} must be near each other, or a minimum of 0 or 1 alone")
         return {None: "integer", 0: "natural", 1: "([1-9] [0-9]{0,15})"}[least]
@@ -241,9 +239,7 @@ def _repeats(least: int, most: int | None) -> str:
     return f"{{{least},{'' if most is None else most}}}"
 
 
-def _either(expressions: list[str], where: str) -> str:
-    if len(expressions) > MAX_CHOICES:
-        raise UnsupportedSchema(f"{where} has {len(expressions)} alternatives, at most {MAX_CHOICES} can be held")
+def _either(expressions: list[str]) -> str:
     return expressions[0] if len(expressions) == 1 else f"({' | '.join(expressions)})"
 
 

@@ -1,5 +1,6 @@
 """How large a JSON schema of a stranger may be. It becomes a grammar, which an engine holds every token against: small
-texts can make that last for ever, for everybody's answers."""
+texts can make that last for ever, for everybody's answers. `bounded` looks at what every engine would suffer from;
+the bounds below it are those of our grammar for llama.cpp (`json_grammar`)."""
 
 from __future__ import annotations
 
@@ -9,7 +10,11 @@ from typing import Any
 
 MAX_BYTES = 2**15
 MAX_DEPTH = 64  # it is read by recursion; an object in an object is two levels deep
-MAX_BRANCHES = 1_000  # alternatives open at one place: each costs at every token (OpenAI's bound for values of an enum)
+MAX_BRANCHES = 500  # alternatives open at one place: each costs about 20 ns times the vocabulary at every token
+
+MAX_OPTIONAL = 100  # properties of one object that may be left out: alternatives too, one after the other
+MAX_REPEATS = 1_000  # llama.cpp refuses more than 2,000, and each costs memory at every token
+MAX_RULES = 5_000
 
 
 def bounded(schema: dict[str, Any]) -> dict[str, Any]:
@@ -42,9 +47,11 @@ def _branches(node: Any, schema: dict[str, Any], known: dict[str, int], depth: i
     if not isinstance(node, dict):
         return 1
     ways = 0
-    for union in ("anyOf", "oneOf", "allOf", "enum"):
+    for plain in ("enum", "type"):
+        ways += len(members) if isinstance(members := node.get(plain), list) else 0
+    for union in ("anyOf", "oneOf", "allOf"):
         if isinstance(members := node.get(union), list):
-            ways += len(members) if union == "enum" else sum(_branches(m, schema, known, depth + 1) for m in members)
+            ways += sum(_branches(member, schema, known, depth + 1) for member in members)
     if isinstance(reference := node.get("$ref"), str):
         if reference not in known:
             known[reference] = MAX_BRANCHES + 1  # until it is known: for who comes here again on the way

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from danube_ray.config import ConfigError, ServeConfig, ServedModel, require
-from danube_ray.data.tokenizer import Tokenizer
+from danube_ray.data.tokenizer import MODEL_FILE, Tokenizer
 from danube_ray.serve.gate import ModelEntry
 
 
@@ -23,11 +23,13 @@ def entries(config: ServeConfig) -> dict[str, ModelEntry]:
 def entry_of(model: ServedModel) -> ModelEntry:
     """One model's entry. `ConfigError` when weights and tokenizer are damaged or not of one model."""
     gguf = not model.weights.is_dir()
-    remedy = "a GGUF file needs none" if gguf else "vLLM needs one; for CPUs `danube quantize` makes a GGUF file of it"
-    require(gguf == (model.num_gpus == 0), f"num_gpus of {model.weights}", model.num_gpus, "as its engine has", remedy)
+    runs = model.num_gpus == 0 or not gguf
+    require(runs, f"num_gpus of {model.weights}", model.num_gpus, "0", "llama.cpp runs a GGUF file on CPUs")
     pieces, most = read_gguf(model.weights) if gguf else read_folder(model.weights)
     beside = model.weights.parent if gguf else model.weights
     folder = (model.tokenizer_folder or beside).resolve()  # it is opened again where the gate runs
+    remedy = "tokenizer.json alone won't do: put the model's tokenizer.model there, or name another folder"
+    require((folder / MODEL_FILE).is_file(), "tokenizer_folder", str(folder), f"a folder with {MODEL_FILE}", remedy)
     tokenizer = Tokenizer.load(folder)
     require(
         pieces is None or pieces[: tokenizer.vocab_size] == tokenizer.pieces,
@@ -52,7 +54,7 @@ def read_folder(folder: Path) -> tuple[None, int]:
     """The context of a Hugging Face folder: vLLM keeps to a sliding window itself. Its tokenizer has the vocabulary."""
     from danube_ray.model.huggingface import load_config  # torch comes with it: a gate of GGUF files needs none
 
-    return None, load_config(folder).context_length
+    return None, load_config(folder, any_rope=True, quantized=True).context_length
 
 
 def read_header(gguf: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from urllib.request import urlopen
@@ -28,7 +28,7 @@ from starlette.requests import Request
 from danube_ray.config import ConfigError, GateSettings, ServeConfig, ServedModel
 from danube_ray.inference.http import chat
 from danube_ray.runtime.deployments import room_beside
-from danube_ray.runtime.serving import Server, cluster, drain, listen, serve_details, serving
+from danube_ray.runtime.serving import Server, check_room, cluster, drain, listen, serve, serve_details, serving
 from danube_ray.serve.files import read_config, write_config
 from tests.runtime.replicas import replica, replicas
 from tests.serve.tiny import tiny_served_model
@@ -125,6 +125,24 @@ def test_a_redeploy_breaks_no_stream(
         assert server.config.models["changing"] == new
     assert len(before) == 1
     assert len(set(load.answers)) == 2, "of the old weights and of the new"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_another_danube_serve_in_the_cluster_redeploys_the_first(
+    ray_session: None, served: ServedModel, other: ServedModel, capsys: pytest.CaptureFixture[str]
+):
+    """It returns; the server goes on at its address, with the models of the second, and ends with the first."""
+    config = ServeConfig(models={"old": served}, port=0)
+    with serving(config) as url:
+        serve(replace(config, models={"new": other}))
+        assert f"redeployed with new: {url}" in capsys.readouterr().out
+        assert chat(url, "new", QUESTION, max_tokens=4)
+        assert [model.id for model in openai.OpenAI(base_url=f"{url}/v1", api_key="none").models.list()] == ["new"]
+        elsewhere = replace(config, port=int(url.rpartition(":")[2]) + 1)
+        with pytest.raises(ConfigError, match="where Serve listens for danube"):
+            serve(elsewhere)
+    assert "danube" not in serve_details().get("applications", {})
 
 
 @pytest.mark.ray
@@ -304,3 +322,20 @@ def test_what_cannot_be_served_is_one_clear_error(served: ServedModel, tmp_path:
         serving(ServeConfig(models={"tiny": served}, host="0.0.0.0", port=0)),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("models", "setting"),
+    [
+        ([{"num_threads": 2, "min_replicas": 2, "max_replicas": 2}], None),
+        ([{"num_threads": 3}, {"num_threads": 2}], "num_threads is 5"),
+        ([{"num_threads": 4, "min_replicas": 0}, {"num_threads": 4}], None),
+        ([{"num_threads": 5, "min_replicas": 0}], "num_threads is 5"),
+        ([{"num_gpus": 1}], "num_gpus is 1"),
+    ],
+)
+def test_engines_that_can_never_start_are_refused(served: ServedModel, models: list[dict[str, int]], setting: str):
+    """On a machine of four CPUs and no GPU: also one that is unloaded and would never come."""
+    config = ServeConfig(models={f"m{number}": replace(served, **model) for number, model in enumerate(models)})
+    with pytest.raises(ConfigError, match=setting) if setting else nullcontext():
+        check_room(config, {"CPU": 4.0})

@@ -206,9 +206,14 @@ def test_an_idle_model_is_unloaded_and_comes_back(app: Live):
 
 
 @pytest.mark.ray
-def test_a_killed_gate_comes_back(app: Live):
-    """What it had under way breaks off; requests from then on wait for the next gate and are answered."""
+def test_a_killed_gate_ends_its_streams_and_comes_back(app: Live):
+    """What it had under way ends in an error event; requests from then on wait for the next gate and are answered."""
+    stream = app.client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=60_000, stream=True)
+    next(iter(stream))
     os.kill(replica("gate"), signal.SIGKILL)
+    with pytest.raises(openai.APIError, match="the gate was lost") as caught:
+        list(stream)
+    assert caught.value.code == "gate_unavailable"
     assert chat(app.url, "tiny", QUESTION, max_tokens=4)
 
 

@@ -9,7 +9,7 @@ import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import numpy as np
 import openai
@@ -172,6 +172,7 @@ def test_page_and_health(url: str):
         assert b"<title>Danube</title>" in page.read()
     with urlopen(f"{url}/health") as health:
         assert json.load(health) == {"status": "ok", "models": ["tiny", "short"]}
+    assert urlopen(Request(f"{url}/health", method="HEAD")).status == 200
 
 
 # ---- log-probabilities ----

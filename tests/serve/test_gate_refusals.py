@@ -190,8 +190,8 @@ def test_another_content_type_is_named(url: str, kind: str):
 def test_unknown_paths_and_methods(url: str):
     status, _, answer = post(f"{url}/v1/images", {})
     assert status == 404 and answer["error"]["message"]
-    status, _, answer = post(f"{url}/health", {})
-    assert status == 405 and answer["error"]["message"]
+    status, headers, answer = post(f"{url}/health", {})
+    assert status == 405 and answer["error"]["message"] and headers["allow"] == "GET"
     with pytest.raises(HTTPError) as caught:
         urlopen(f"{url}/v1/models/none/such")
     assert caught.value.code == 404 and json.load(caught.value)["error"]["code"] == "model_not_found"

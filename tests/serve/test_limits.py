@@ -24,6 +24,7 @@ def test_a_minutes_requests_at_once_then_evenly(clock: Clock, per_minute: int):
     left = [rate.take("alice", per_minute) for _ in range(per_minute)]
     assert [one.remaining for one in left] == list(range(per_minute))[::-1]
     assert not any(one.retry_after_s for one in left)
+    assert [one.reset_s for one in left] == pytest.approx([60 * (n + 1) / per_minute for n in range(per_minute)])
     refused = rate.take("alice", per_minute)
     assert refused.retry_after_s == -(-60 // per_minute) and refused.remaining == 0
     passed = 0

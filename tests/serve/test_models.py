@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from danube_ray.artifacts import read_json, write_json
 from danube_ray.config import ConfigError, ServedModel
 from danube_ray.quantize.gguf import convert
 from danube_ray.serve.models import entry_of
@@ -38,6 +39,12 @@ def test_another_models_tokenizer_is_refused(served: ServedModel, tmp_path: Path
         entry_of(replace(served, tokenizer_folder=tiny_tokenizer(tmp_path, vocab_size=400)))
 
 
+def test_a_tokenizer_without_its_sentencepiece_model_is_refused(served: ServedModel, tmp_path: Path):
+    (tiny_tokenizer(tmp_path) / "tokenizer.model").unlink()
+    with pytest.raises(ConfigError, match=r"a folder with tokenizer\.model; .*tokenizer\.json alone"):
+        entry_of(replace(served, tokenizer_folder=tmp_path))
+
+
 @pytest.mark.parametrize(
     "field", [{"num_slots": 0}, {"num_threads": -1}, {"max_queued": 0}, {"min_replicas": 2}, {"context_tokens": 0}]
 )
@@ -46,10 +53,18 @@ def test_numbers_that_make_no_sense(served: ServedModel, field: dict[str, int]):
         replace(served, **field)
 
 
-def test_a_folder_is_for_gpus_and_a_file_for_cpus(served: ServedModel):
+def test_a_folder_is_served_with_gpus_or_without_and_a_file_without(served: ServedModel):
     folder = replace(served, weights=served.weights.parent)
-    with pytest.raises(ConfigError, match="danube quantize"):
-        entry_of(folder)
-    assert entry_of(replace(folder, num_gpus=1)).context_tokens == CONTEXT_TOKENS
-    with pytest.raises(ConfigError, match="a GGUF file needs none"):
+    for num_gpus in (0, 1):
+        assert entry_of(replace(folder, num_gpus=num_gpus)).context_tokens == CONTEXT_TOKENS
+    with pytest.raises(ConfigError, match="runs a GGUF file on CPUs"):
         entry_of(replace(served, num_gpus=1))
+
+
+def test_a_compressed_folder_is_served(served: ServedModel, tmp_path: Path):
+    """What `danube compress` writes, for vLLM."""
+    folder = tiny_tokenizer(tmp_path)
+    config = read_json(served.weights.parent / "config.json")
+    write_json(folder / "config.json", {**config, "quantization_config": {"quant_method": "compressed-tensors"}})
+    model = replace(served, weights=folder, tokenizer_folder=None, num_gpus=1)
+    assert entry_of(model).context_tokens == CONTEXT_TOKENS
