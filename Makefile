@@ -26,8 +26,9 @@ $(DEV_READY): $(READY)
 demo: $(READY)
 	$(BIN)/danube demo
 
+# Two processes: one for what runs on Ray, where much is waiting, and one for the rest (tests/conftest.py).
 test: $(DEV_READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 test-all: $(DEV_READY)
 	$(BIN)/python -m pytest -m 'not gpu'
