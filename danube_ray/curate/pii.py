@@ -25,8 +25,8 @@ EMAIL = re.compile(
 )
 # Domains of RFC 2606, and pictures for sharp screens: logo@2x.png.
 NO_MAIL = re.compile(r"(?:.*\.)?(?:example(?:\.com|\.net|\.org)?|test|invalid|localhost)|\d+x\.\w+", re.IGNORECASE)
-# Global unicast of IPv6 is 2000::/3: times, hardware addresses and C++ names lie outside. Four numbers under 100 are a
-# version or a section (380 of 380 in 78 MB of manuals and pages), and of public addresses but one in 40; five are none.
+# Global unicast of IPv6 is 2000::/3: times, hardware addresses and C++ names lie outside. Four numbers under 100 are
+# versions and sections (380 of 476 hits in 78 MB of manuals and pages), and of public addresses one in 40; five none.
 IP = re.compile(
     r"(?<![\w.:])[23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{1,34}(?![\w:])"
     r"|(?<![\w.])(?=(?:[0-9]{1,2}\.){0,3}[0-9]{3})(?:[0-9]{1,3}\.){3}[0-9]{1,3}(?!\w|\.[0-9])"

@@ -40,6 +40,7 @@ class VllmReplica:
     async def __init__(self, config: LLMConfig, adapters: dict[str, Path]) -> None:  # Serve awaits it
         began = time.perf_counter()
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # as many as Ray says, not every core's
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # a server tells nobody what it runs unless asked to
         self._name, self._server = config.model_id, LLMServer.sync_init(config)
         await self._server.start()
         assert self._server.engine is not None
