@@ -34,6 +34,7 @@ model_format: Any = import_module("sentencepiece.sentencepiece_model_pb2")
 MODEL_FILE = "tokenizer.model"
 CONTROL_PIECES = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2
 SPACE = "\u2581"
+ROLE_CHARACTERS = "<|>"  # pieces in every vocabulary: else text that spells a role marker could get the marker's ids
 WORD_BEGINS = re.compile(rf"(?<=[^ {SPACE}]) (?=[^ {SPACE}])")
 PART_CHARACTERS = 2_000  # sentencepiece takes twice as long for the characters of a book as for those of a page
 MAX_LINE_CHARACTERS = 1_000  # the trainer drops longer lines (over 4,192 bytes) without a word: cut them instead
@@ -136,6 +137,8 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int) -> Toke
     require(vocab_size > least, "vocab_size", vocab_size, f"more than the {least} control and byte pieces")
     lines = [line for text in texts for line in _lines(text)]
     require(bool(lines), "tokenizer text", "", "text that is not empty", "look at what curation dropped")
+    seen = set().union(*lines)
+    lines += [character for character in ROLE_CHARACTERS if character not in seen]  # of none sentencepiece 0.2.2 dies
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -150,7 +153,7 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int) -> Toke
             remove_extra_whitespaces=False,
             add_dummy_prefix=True,
             character_coverage=_character_coverage(lines, (vocab_size - least) // 4),
-            required_chars="<|>",  # chat's role markers have pieces of their own: text that spells one gets other ids
+            required_chars=ROLE_CHARACTERS,
             num_threads=TRAINING_THREADS,
             minloglevel=2,
         )
