@@ -44,7 +44,11 @@ def evaluate(
     with session():
         actor = ray.remote(num_cpus=cpus_per_worker, num_gpus=gpus_per_worker, max_restarts=2, max_task_retries=2)
         workers = [actor(Scorer).remote(folder, device, batch_size) for _ in range(num_workers)]
-        rows = evaluate_tasks(spread_over(workers), tasks, limit)
+        try:
+            rows = evaluate_tasks(spread_over(workers), tasks, limit)
+        finally:
+            for worker in workers:  # lm-eval keeps what it was given: by themselves they would hold their CPUs for long
+                ray.kill(worker)
     write_json(results_file, rows)
     return rows
 

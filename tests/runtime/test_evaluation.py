@@ -3,12 +3,14 @@ from __future__ import annotations
 import json
 
 import pytest
+import ray
 
 from danube_ray.config import ConfigError
 from danube_ray.evaluate.harness import evaluate_tasks, hugging_face_lm, multiple_choice_task
 from danube_ray.runtime.evaluation import evaluate
 from tests.models import tiny_model
 from tests.tasks import arc_easy
+from tests.waiting import wait_for
 
 
 @pytest.mark.ray
@@ -19,6 +21,7 @@ def test_requests_spread_over_workers_give_the_stock_runs_prompts_and_scores(ray
     found = evaluate(folder, tasks, tmp_path / "results.json", num_workers=2, limit=15)
     assert found == evaluate_tasks(hugging_face_lm(folder), tasks, limit=15)
     assert json.loads((tmp_path / "results.json").read_text()) == found
+    wait_for(lambda: ray.available_resources().get("CPU") == 4)  # its workers have gone
 
 
 def test_a_missing_model_is_named_before_workers_start(tmp_path):
