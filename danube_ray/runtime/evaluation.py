@@ -43,7 +43,7 @@ def evaluate(
     device = "cuda" if gpus_per_worker else "cpu"
     with session():
         actor = ray.remote(num_cpus=cpus_per_worker, num_gpus=gpus_per_worker, max_restarts=2, max_task_retries=2)
-        workers = [actor(Scorer).remote(folder, device, batch_size) for _ in range(num_workers)]
+        workers: list[Any] = [actor(Scorer).remote(folder, device, batch_size) for _ in range(num_workers)]
         try:
             rows = evaluate_tasks(spread_over(workers), tasks, limit)
         finally:
